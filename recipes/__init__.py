@@ -1,0 +1,1 @@
+"""What the repository builds for itself; run from its root, not part of the wheel."""

@@ -1,0 +1,233 @@
+"""Trains outrider-nano on a CPU, in float32, resumable at any time.
+
+Owns the loop, the schedule and the saved state. A warm-up, a constant phase, then a linear decay to zero whose
+length is a fraction of the run, so that a run can be ended early and still end well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import signal
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from outrider.runtime.models.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekTopKRouter
+
+from . import experts
+from .corpus import DOMAINS
+from .data import Windows, bytes_per_token
+from .optimizer import MuonAdamW
+from .tokenizer import CONTEXT, VOCAB_SIZE
+
+CONFIG = DeepseekConfig(
+    vocab_size=VOCAB_SIZE,
+    hidden_size=192,
+    intermediate_size=512,
+    moe_intermediate_size=64,
+    num_hidden_layers=9,
+    num_attention_heads=6,
+    num_key_value_heads=6,
+    n_routed_experts=64,
+    num_experts_per_tok=6,
+    n_shared_experts=2,
+    max_position_embeddings=CONTEXT,
+    aux_loss_alpha=0.01,
+    bos_token_id=0,
+    eos_token_id=0,
+)
+
+
+@dataclass(slots=True)
+class Plan:
+    """What a run is asked for. `until` is a wall-clock time (seconds since 1970) by which the decay has ended."""
+
+    tokens: int = 9_000_000
+    decay_fraction: float = 0.25
+    until: float | None = None
+    length: int = 512
+    sequences: int = 12
+    microbatch: int = 6
+    warmup_steps: int = 40
+    save_every_s: float = 300.0
+    validate_every: int = 1_000_000
+    validation_windows: int = 16
+    seed: int = 20261122
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far a run is; saved with the weights."""
+
+    step: int = 0
+    tokens: int = 0
+    target: int = 0
+    train_seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+class Trainer:
+    """One run in one folder: `data` holds the token streams, `folder` the state, the log and the figures."""
+
+    def __init__(self, data: Path, folder: Path, plan: Plan, *, config: DeepseekConfig = CONFIG) -> None:
+        torch.manual_seed(plan.seed)
+        self.folder, self.plan = folder, plan
+        self.model = DeepseekForCausalLM(config).float()
+        self.model.set_experts_implementation(experts.register())
+        self.optimizer = MuonAdamW(self.model)
+        self.progress = Progress(target=plan.tokens)
+        self.train = Windows(data, "train", length=plan.length)
+        self.validation = Windows(data, "validation", length=plan.length)
+        self.token_bytes = bytes_per_token(data)
+        self.loads: list[Tensor] = []
+        self.balance: list[Tensor] = []
+        self._decay_now = False
+        self._speeds: deque[tuple[float, int]] = deque(maxlen=100)
+        for module in self.model.modules():
+            if isinstance(module, DeepseekTopKRouter):
+                module.register_forward_hook(self._observe_router)
+        folder.mkdir(parents=True, exist_ok=True)
+        if self.state_file.exists():
+            self._load()
+
+    @property
+    def state_file(self) -> Path:
+        """The whole resumable state, one file, replaced atomically."""
+        return self.folder / "state.safetensors"
+
+    def run(self) -> None:
+        """Trains until the plan's tokens are seen or its time is over; SIGUSR1 begins the decay at once."""
+        previous = signal.signal(signal.SIGUSR1, self._begin_decay)
+        saved = time.monotonic()
+        try:
+            while (multiplier := self._multiplier()) > 0:
+                self.step(multiplier)
+                if time.monotonic() - saved > self.plan.save_every_s:
+                    self.save()
+                    saved = time.monotonic()
+        finally:
+            signal.signal(signal.SIGUSR1, previous)
+        self.progress.target = self.progress.tokens
+        self.validate()
+        self.save()
+
+    def step(self, multiplier: float) -> float:
+        """One optimiser step at `multiplier` of the full rates; -> the mean loss in nats a token."""
+        start, plan = time.monotonic(), self.plan
+        batch = self.train.batch(self.progress.step, sequences=plan.sequences)
+        parts = batch.split(plan.microbatch)
+        losses, balances = [], []
+        counts = torch.zeros(0)
+        for part in parts:
+            self.loads.clear()
+            self.balance.clear()
+            logits = self.model(part[:, :-1], use_cache=False).logits
+            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+            balance = torch.stack(self.balance)
+            (loss + self.model.config.aux_loss_alpha * balance.sum()).div(len(parts)).backward()
+            losses.append(loss.item())
+            balances.append(balance.mean().item())
+            counts = torch.stack(self.loads) + (counts if len(counts) else 0)
+        progress = self.progress
+        progress.step += 1
+        progress.tokens += batch.shape[0] * plan.length
+        warmup = min(1.0, progress.step / max(plan.warmup_steps, 1))
+        self.optimizer.step(progress.step, multiplier * warmup)
+        elapsed = time.monotonic() - start
+        progress.train_seconds += elapsed
+        self._speeds.append((elapsed, batch.shape[0] * plan.length))
+        loss = sum(losses) / len(losses)
+        self._log_step(batch, loss=loss, balance=sum(balances) / len(balances), counts=counts, rate=multiplier)
+        if progress.tokens // plan.validate_every > (progress.tokens - batch.shape[0] * plan.length) // plan.validate_every:
+            self.validate()
+        return loss
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Bits per UTF-8 byte of each domain on the first windows of its validation documents; logged and kept."""
+        figures = {}
+        for domain in DOMAINS:
+            count = min(self.plan.validation_windows, self.validation.count(domain))
+            nats = total_bytes = 0.0
+            for number in range(count):
+                window = torch.from_numpy(self.validation.window(domain, number))
+                logits = self.model(window[None, :-1], use_cache=False).logits[0]
+                nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+                total_bytes += self.token_bytes[window[1:]].sum().item()
+            figures[domain] = nats / math.log(2) / max(total_bytes, 1)
+        figures["mean"] = sum(figures.values()) / len(DOMAINS)
+        self.progress.history.append({"tokens": self.progress.tokens, **figures})
+        self._log("validation " + " ".join(f"{name}={value:.4f}" for name, value in figures.items()))
+        return figures
+
+    def save(self) -> None:
+        """Writes weights, optimiser state and progress as one file, whole or not at all."""
+        tensors = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
+        tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state.items()}
+        temporary = self.state_file.with_suffix(".partial")
+        save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(self.progress))})
+        temporary.replace(self.state_file)
+
+    def _load(self) -> None:
+        with safe_open(self.state_file, "pt") as file, torch.no_grad():
+            self.progress = Progress(**json.loads(file.metadata()["progress"]))
+            for name, parameter in self.model.named_parameters():
+                parameter.copy_(file.get_tensor(f"model.{name}"))
+            for name, value in self.optimizer.state.items():
+                value.copy_(file.get_tensor(f"optimizer.{name}"))
+        self.progress.target = self.plan.tokens
+        self._log(f"resumed at step {self.progress.step}, {self.progress.tokens} tokens")
+
+    def _begin_decay(self, *_: object) -> None:
+        self._decay_now = True
+
+    def _multiplier(self) -> float:
+        """1 in the constant phase, falling linearly to 0 at the end, whichever of tokens and time comes first."""
+        progress, plan = self.progress, self.plan
+        if self._decay_now:
+            self._decay_now = False
+            progress.target = min(progress.target, int(progress.tokens / (1 - plan.decay_fraction)))
+        total = progress.target
+        if plan.until is not None and self._speeds:
+            seconds, tokens = (sum(column) for column in zip(*self._speeds, strict=True))
+            left = max(plan.until - time.time(), 0.0)
+            total = min(total, progress.tokens + int(left * tokens / seconds))
+        multiplier = min(1.0, (1 - progress.tokens / max(total, 1)) / plan.decay_fraction)
+        if multiplier < 1 and not (kept := self.folder / "before-decay.safetensors").exists():
+            self.save()
+            shutil.copyfile(self.state_file, kept)
+        return multiplier if multiplier > 0.004 else 0.0
+
+    def _observe_router(self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Load balancing as in Switch Transformer (Fedus et al., 2021, eq. 4-6): 1 where all experts share alike."""
+        if not torch.is_grad_enabled():
+            return
+        logits, _, indices = output
+        num_experts = logits.shape[-1]
+        counts = torch.bincount(indices.flatten(), minlength=num_experts).float()
+        self.loads.append(counts)
+        share = counts / indices.numel()
+        self.balance.append(num_experts * (share * logits.softmax(-1).mean(0)).sum())
+
+    def _log_step(self, batch: Tensor, *, loss: float, balance: float, counts: Tensor, rate: float) -> None:
+        targets = batch[:, 1:]
+        bits = loss * targets.numel() / math.log(2) / max(self.token_bytes[targets].sum().item(), 1)
+        seconds, tokens = (sum(column) for column in zip(*self._speeds, strict=True))
+        used = (counts > 0).sum(-1).min().item()
+        self._log(
+            f"step={self.progress.step} tokens={self.progress.tokens} loss={loss:.4f} bpb={bits:.4f} "
+            f"tok/s={tokens / seconds:.0f} balance={balance:.4f} min_experts_used={used:.0f} rate={rate:.3f}"
+        )
+
+    def _log(self, line: str) -> None:
+        with (self.folder / "train.log").open("a", encoding="utf-8") as file:
+            file.write(f"{time.strftime('%H:%M:%S')} {line}\n")
