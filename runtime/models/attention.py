@@ -1,0 +1,256 @@
+"""Attention over a ragged batch: rows of several sequences side by side, each with its own KV cache.
+
+The model runs on one row of tokens, [1, T]; every sequence's rows attend to that sequence's keys
+alone, with the shapes it would have if it were alone. So there is no padding, a prompt can be
+prefilled in pieces next to running streams, and no mask is built for single tokens. Plugs into
+transformers' attention interface and knows nothing of experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..errors import UnsupportedModelError
+
+ATTENTION_IMPLEMENTATION = "outrider"
+_GROWTH_TOKENS = 256
+# What attention functions are handed and what this one does; anything else would change the result.
+_HARMLESS_ARGUMENTS = frozenset(
+    {"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
+    | {"output_router_logits", "output_hidden_states", "return_dict", "logits_to_keep"}
+)
+
+
+class SequenceKv:
+    """Keys and values of one sequence, per attention layer [1, heads, length, head_dim].
+
+    Grows in steps of 256 tokens; `nbytes` is what it holds. Not thread-safe.
+    """
+
+    def __init__(self) -> None:
+        self._keys: dict[int, torch.Tensor] = {}
+        self._values: dict[int, torch.Tensor] = {}
+        self.length = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values over all layers."""
+        buffers = [*self._keys.values(), *self._values.values()]
+        return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+
+    def append(
+        self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add one layer's new rows [1, heads, n, dim]; returns views of all rows so far.
+
+        The views are valid until the next append to the same layer. `advance` ends the step.
+        """
+        total = self.length + keys.shape[2]
+        all_keys = self._room(self._keys, layer_idx, keys, total=total)
+        all_values = self._room(self._values, layer_idx, values, total=total)
+        all_keys[:, :, self.length : total] = keys
+        all_values[:, :, self.length : total] = values
+        return all_keys[:, :, :total], all_values[:, :, :total]
+
+    def advance(self, num_tokens: int) -> None:
+        """Every layer has appended `num_tokens` rows: they are part of the past from now on."""
+        self.length += num_tokens
+
+    def _room(
+        self, buffers: dict[int, torch.Tensor], layer_idx: int, rows: torch.Tensor, *, total: int
+    ) -> torch.Tensor:
+        buffer = buffers.get(layer_idx)
+        if buffer is None or buffer.shape[2] < total:
+            capacity = -(-total // _GROWTH_TOKENS) * _GROWTH_TOKENS
+            grown = rows.new_empty(1, rows.shape[1], capacity, rows.shape[3])
+            if buffer is not None:
+                grown[:, :, : self.length] = buffer[:, :, : self.length]
+            buffers[layer_idx] = buffer = grown
+        return buffer
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Rows [start, end) of the step's token row belong to the sequence of `kv`."""
+
+    kv: SequenceKv
+    start: int
+    end: int
+
+
+class RaggedAttention:
+    """The attention function of one model; `over(spans)` says whose rows a forward pass holds."""
+
+    def __init__(self, model: Any) -> None:
+        self._spans: Sequence[Span] = ()
+        self._num_calls = 0
+        self._num_layers = model.config.num_hidden_layers
+        self._family = model.config.model_type
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.outrider_attention = self
+        ALL_ATTENTION_FUNCTIONS.register(ATTENTION_IMPLEMENTATION, _dispatch)
+        # Assigned on the config since `set_attn_implementation` first tries to find a hub kernel.
+        model.config._attn_implementation = ATTENTION_IMPLEMENTATION
+
+    @contextmanager
+    def over(self, spans: Sequence[Span]) -> Iterator[None]:
+        """Run one forward pass inside; afterwards each sequence's cache has advanced.
+
+        Raises UnsupportedModelError if some layer kept its past elsewhere (recurrent layers).
+        """
+        self._spans, self._num_calls = spans, 0
+        try:
+            yield
+        finally:
+            self._spans = ()
+        if self._num_calls != self._num_layers:
+            raise UnsupportedModelError(
+                f"{self._family!r}: {self._num_calls} of {self._num_layers} layers use attention "
+                "with a key-value cache; layers with another kind of state are not supported"
+            )
+        for span in spans:
+            span.kv.advance(span.end - span.start)
+
+    def attend(
+        self,
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None,
+        sliding_window: int | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[1, heads, T, dim] queries and new keys and values -> [1, T, heads, dim]."""
+        self._num_calls += 1
+        rows = [
+            _attend_one(
+                query[:, :, span.start : span.end],
+                *span.kv.append(
+                    module.layer_idx,
+                    key[:, :, span.start : span.end],
+                    value[:, :, span.start : span.end],
+                ),
+                scaling=scaling,
+                sliding_window=sliding_window,
+                sinks=sinks,
+            )
+            for span in self._spans
+        ]
+        joined = rows[0] if len(rows) == 1 else torch.cat(rows, dim=2)
+        return joined.transpose(1, 2).contiguous()
+
+
+def _dispatch(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    s_aux: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    unknown = sorted(
+        name
+        for name, argument in kwargs.items()
+        if argument is not None and name not in _HARMLESS_ARGUMENTS
+    )
+    if unknown or attention_mask is not None or dropout:
+        raise UnsupportedModelError(
+            f"{module.config.model_type!r}: its attention wants {unknown or 'a mask or dropout'}, "
+            "which outrider's attention does not do"
+        )
+    attention: RaggedAttention = module.outrider_attention
+    return attention.attend(
+        module,
+        query,
+        key,
+        value,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        sinks=s_aux if s_aux is not None else sinks,
+    ), None
+
+
+def _attend_one(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float | None,
+    sliding_window: int | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    num_queries = query.shape[2]
+    if num_queries == 1 and sliding_window is not None:
+        keys, values = keys[:, :, -sliding_window:], values[:, :, -sliding_window:]
+    mask = None
+    if num_queries > 1 and (num_queries != keys.shape[2] or sliding_window is not None):
+        mask = _causal_mask(query, keys.shape[2], sliding_window=sliding_window)
+    if sinks is not None:
+        return _attend_with_sinks(query, keys, values, scaling=scaling, mask=mask, sinks=sinks)
+    groups = query.shape[1] // keys.shape[1]
+    if groups > 1 and num_queries == 1:
+        # The heads of a group share keys, so they can be the rows of one product: no copy of keys.
+        grouped = query.reshape(1, keys.shape[1], groups, query.shape[3])
+        output = functional.scaled_dot_product_attention(grouped, keys, values, scale=scaling)
+        return output.reshape(1, query.shape[1], 1, values.shape[3])
+    if groups > 1:
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    return functional.scaled_dot_product_attention(
+        query,
+        keys,
+        values,
+        attn_mask=mask,
+        scale=scaling,
+        is_causal=mask is None and num_queries > 1,
+    )
+
+
+def _causal_mask(
+    query: torch.Tensor, num_keys: int, *, sliding_window: int | None
+) -> torch.Tensor:
+    num_queries = query.shape[2]
+    positions = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+    columns = torch.arange(num_keys, device=query.device)[None, :]
+    mask = columns <= positions
+    if sliding_window is not None:
+        mask &= columns > positions - sliding_window
+    return mask  # [queries, keys], True = seen
+
+
+def _attend_with_sinks(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    *,
+    scaling: float | None,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor,
+) -> torch.Tensor:
+    # gpt_oss: one learned logit a head joins the softmax and is dropped from its result.
+    groups = query.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    logits = query @ keys.transpose(2, 3) * scale  # [1, heads, queries, keys]
+    if mask is None and query.shape[2] > 1:
+        mask = _causal_mask(query, keys.shape[2], sliding_window=None)
+    if mask is not None:
+        logits = logits.masked_fill(~mask, torch.finfo(logits.dtype).min)
+    sink = sinks.reshape(1, -1, 1, 1).expand(1, -1, query.shape[2], 1)
+    combined = torch.cat([logits, sink.to(logits.dtype)], dim=-1)
+    combined = combined - combined.max(dim=-1, keepdim=True).values
+    probabilities = functional.softmax(combined, dim=-1, dtype=combined.dtype)[..., :-1]
+    return probabilities.to(values.dtype) @ values

@@ -1,0 +1,223 @@
+"""From a folder or hub id to a model whose dense weights are loaded and whose experts are not.
+
+Peak memory is the dense weights and one tensor (one layer's experts where a store is packed).
+Knows no slots and no budget.
+"""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...collect.schema import ExpertKey, ModelShape
+from ..errors import InvalidDataError
+from . import adapter
+from .adapter import Conversion, MoeLayer
+from .checkpoint import Checkpoint, checksum, fingerprint
+from .checkpoint_experts import CheckpointExperts, in_place_obstacle
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+# What transformers leaves unsaid as well: rotary tables of old checkpoints.
+_IGNORED_NAMES = re.compile(r"rotary_emb\.inv_freq$")
+Progress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model ready to run but for its experts, and what is known of those."""
+
+    folder: Path
+    checkpoint: Checkpoint
+    config: Any
+    model: Any
+    layers: list[MoeLayer]
+    shape: ModelShape
+    dtype: torch.dtype
+    device: torch.device
+    dense_bytes: int
+    end_token_ids: frozenset[int]
+    plan: Mapping[str, Conversion]
+    unused_tensors: tuple[str, ...]
+
+    def experts_in_place(self) -> CheckpointExperts:
+        """The experts as they lie in the checkpoint. InvalidDataError if one is damaged."""
+        return CheckpointExperts(self.checkpoint, self.layers, plan=self.plan, shape=self.shape)
+
+    def in_place_obstacle(self) -> str | None:
+        """Why `experts_in_place` cannot serve this checkpoint, or None."""
+        return in_place_obstacle(self.checkpoint, self.layers, self.plan)
+
+    def layer_tensors(self, layer_idx: int) -> dict[str, torch.Tensor]:
+        """One layer's fused expert parameters [E, ...] as transformers makes them. Blocks."""
+        layer = self.layers[layer_idx]
+        tensors: dict[str, torch.Tensor] = {}
+        for name in layer.projections:
+            target = f"{layer.name}.{name}"
+            if target not in self.plan:
+                raise InvalidDataError(f"{self.folder}: no tensor makes up {target!r}")
+            converted = self.plan[target].convert(self.checkpoint.read, model=self.model)
+            tensors[name] = converted[target]
+        return tensors
+
+    def expert_name(self, key: ExpertKey) -> str:
+        """The module path of an expert, for messages."""
+        return f"{self.layers[key.layer_idx].name}.{key.expert_idx}"
+
+
+def resolve_folder(model: str | None, *, revision: str | None = None) -> Path:
+    """The local folder of a model: the built-in one, a path, or a hub id (downloaded, cached).
+
+    Blocks on the network for a hub id that is not cached; honours HF_HOME and HF_HUB_OFFLINE.
+    """
+    if model is None or model == "nano":
+        return Path(str(files("outrider.runtime.models") / "nano"))
+    path = Path(model).expanduser()
+    if path.exists() or not _HUB_ID.fullmatch(model):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
+    except LocalEntryNotFoundError as error:
+        raise InvalidDataError(
+            f"model {model!r} is neither a folder nor in the local hub cache, and the hub cannot "
+            "be reached (or HF_HUB_OFFLINE is set); give a folder, or set HF_HOME to a cache that "
+            "holds it"
+        ) from error
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise InvalidDataError(
+            f"model {model!r} (revision {revision or 'main'}) cannot be had from the hub: "
+            f"{str(error).splitlines()[0]}; for a gated model set HF_TOKEN"
+        ) from error
+
+
+def load_model(
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """Load the dense weights of a model folder. Blocks; `progress(done_bytes, total_bytes)`.
+
+    `dtype` is what the dense weights are computed in (None: as the checkpoint has them).
+    Raises UnsupportedModelError or InvalidDataError naming file and tensor.
+    """
+    device = device or torch.device("cpu")
+    checkpoint = Checkpoint(folder)
+    config = adapter.load_config(folder)
+    dtype = dtype or _checkpoint_dtype(checkpoint)
+    model = adapter.build_on_meta(config, dtype=dtype)
+    layers = adapter.moe_layers(model)
+    plan, unexpected = adapter.conversion_plan(model, checkpoint.tensors)
+    adapter.materialize_buffers(model, device=device)
+    expert_targets = {f"{layer.name}.{name}" for layer in layers for name in layer.projections}
+    checksums = _load_dense(
+        model,
+        checkpoint,
+        [conversion for target, conversion in plan.items() if target not in expert_targets],
+        dtype=dtype,
+        device=device,
+        progress=progress,
+    )
+    model.tie_weights()
+    _refuse_missing(model, expert_targets, folder=folder)
+    generation = folder / "generation_config.json"
+    return LoadedModel(
+        folder=folder,
+        checkpoint=checkpoint,
+        config=config,
+        model=model,
+        layers=layers,
+        shape=adapter.routing_shape(
+            model, layers, fingerprint=fingerprint(checkpoint.config, checksums)
+        ),
+        dtype=dtype,
+        device=device,
+        dense_bytes=_dense_bytes(model),
+        end_token_ids=adapter.end_token_ids(
+            config, json.loads(generation.read_bytes()) if generation.is_file() else {}
+        ),
+        plan=plan,
+        unused_tensors=tuple(name for name in unexpected if not _IGNORED_NAMES.search(name)),
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The folder's tokenizer. Raises InvalidDataError if there is none. Never runs its code."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InvalidDataError(
+            f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): "
+            f"{str(error).strip().splitlines()[0]}; copy the tokenizer files of the model there, or "
+            "give prompt_token_ids"
+        ) from error
+
+
+def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    counts: dict[torch.dtype, int] = {}
+    for record in checkpoint.tensors.values():
+        counts[record.dtype] = counts.get(record.dtype, 0) + record.nbytes
+    floats = {torch.float32, torch.bfloat16, torch.float16} & counts.keys()
+    if not floats:
+        raise InvalidDataError(f"{checkpoint.folder}: no tensor is float32, bfloat16 or float16")
+    return max(floats, key=lambda dtype: counts[dtype])
+
+
+def _load_dense(
+    model: Any,
+    checkpoint: Checkpoint,
+    conversions: list[Conversion],
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None,
+) -> dict[str, int]:
+    checksums: dict[str, int] = {}
+    total = sum(checkpoint.tensors[name].nbytes for c in conversions for name in c.names())
+    done = 0
+
+    def read(name: str) -> torch.Tensor:
+        tensor = checkpoint.read(name)
+        checksums[name] = checksum(tensor)
+        return tensor
+
+    for conversion in conversions:
+        for name, value in conversion.convert(read, model=model).items():
+            wanted = adapter.wanted_dtype(model, name, dtype=dtype)
+            try:
+                adapter.set_tensor(model, name, value.to(device, wanted).contiguous())
+            except InvalidDataError as error:
+                source = checkpoint.tensors[conversion.names()[0]]
+                raise InvalidDataError(f"{source.file}: {source.name!r}: {error}") from error
+        done += sum(checkpoint.tensors[name].nbytes for name in conversion.names())
+        if progress is not None:
+            progress(done, total)
+    return checksums
+
+
+def _refuse_missing(model: Any, expert_targets: set[str], *, folder: Path) -> None:
+    tensors = [*model.named_parameters(), *model.named_buffers()]
+    missing = sorted(
+        name for name, tensor in tensors if tensor.is_meta and name not in expert_targets
+    )
+    if missing:
+        raise InvalidDataError(
+            f"{folder}: no tensor of the checkpoint makes up {missing[0]!r} ({len(missing)} such); "
+            "a shard is missing or config.json belongs to another model"
+        )
+
+
+def _dense_bytes(model: Any) -> int:
+    tensors = {tensor.data_ptr(): tensor for tensor in model.parameters() if not tensor.is_meta}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
