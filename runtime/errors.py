@@ -31,3 +31,11 @@ class InsufficientMemoryError(OutriderError):
 
 class TransferError(OutriderError):
     """An expert's weights could not be read into their slot."""
+
+
+class FieldError(UsageError):
+    """One option or request field is out of range; `field` is its name, as the wire reports it."""
+
+    def __init__(self, field: str, message: str) -> None:
+        super().__init__(message)
+        self.field = field
