@@ -20,7 +20,8 @@ _SOURCE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # spend the levels on the rest (relative RMS error of a normal weight 0.095 -> 0.091).
 _INT4_SHRINKS = (1.0, 0.92, 0.85)
 
-# The sixteen normal-float levels (Dettmers et al. 2023, "QLoRA", appendix E), as bitsandbytes has them.
+# The sixteen normal-float levels of "QLoRA" (Dettmers et al. 2023, appendix E), as bitsandbytes has
+# them.
 NF4_LEVELS = (
     -1.0,
     -0.6961928009986877,
@@ -84,19 +85,21 @@ def part_shapes(fmt: str, n: int, k: int) -> dict[str, tuple[torch.dtype, tuple[
 
 
 def quantize(weight: Tensor, fmt: str) -> dict[str, Tensor]:
-    """Encode `weight` [..., N, K] (fp32, bf16 or fp16) as named parts, each with the same leading dims.
+    """Encode `weight` [..., N, K] (fp32, bf16 or fp16) as named parts with the same leading dims.
 
     fp32/bf16/fp16: {"weight"} in that dtype.
     int8: symmetric per output row, scale = amax / 127 (fp32 [..., N]), round half to even.
-    int4: groups of 64 along K, value = (nibble - 8) * scale; byte j of a group holds weight j low and
-        weight j + 32 high; scale bf16 [..., N, G], signed so that the largest magnitude sits at -8.
+    int4: groups of 64 along K, value = (nibble - 8) * scale; byte j of a group holds weight j low
+        and weight j + 32 high; scale bf16 [..., N, G], signed so that the largest magnitude sits at
+        -8.
     nf4: blocks of 64 over the flat matrix, equal bit for bit to bitsandbytes' CPU `quantize_4bit`
         (first weight in the high nibble, absmax fp32, no double quantisation).
 
-    A row or group holding NaN or infinity dequantises to NaN throughout in int8 and int4 (damage stays
-    visible); nf4 follows bitsandbytes. A zero group gives zeros; a group whose scale underflows to zero
-    gives zeros as well. Peak memory is the result plus a few MiB. Raises FormatError for an unknown
-    format, another dtype, fewer than two dimensions, or a finite value that fp16 cannot hold.
+    A row or group holding NaN or infinity dequantises to NaN throughout in int8 and int4 (damage
+    stays visible); nf4 follows bitsandbytes. A zero group gives zeros; a group whose scale
+    underflows to zero gives zeros as well. Peak memory is the result plus a few MiB. Raises
+    FormatError for an unknown format, another dtype, fewer than two dimensions, or a finite value
+    that fp16 cannot hold.
     """
     check_format(fmt)
     if weight.dtype not in _SOURCE_DTYPES:
@@ -134,8 +137,8 @@ def dequantize(
 
     Values are formed in fp32 and rounded once to `dtype`; nf4 instead rounds its levels to `dtype`
     before the product with absmax, because bitsandbytes does (bit for bit equal to its
-    `dequantize_4bit`). `shape` is (N, K): needed for nf4, whose parts are flat, and for int4 where K
-    is not a multiple of 64; elsewhere it is read off the parts.
+    `dequantize_4bit`). `shape` is (N, K): needed for nf4, whose parts are flat, and for int4 where
+    K is not a multiple of 64; elsewhere it is read off the parts.
     Raises FormatError where the parts do not have the shapes that `part_shapes` gives.
     """
     check_format(fmt)
@@ -174,7 +177,7 @@ def _cast(weight: Tensor, fmt: str) -> Tensor:
     if fmt == "fp16" and weight.dtype != torch.float16:
         lost = int((cast.isinf() & ~weight.isinf()).sum())
         if lost:
-            raise FormatError(f"{lost} weights exceed fp16's 65504; store this model as bf16 or int8")
+            raise FormatError(f"{lost} weights exceed fp16's 65504; use bf16 or int8")
     return cast
 
 
@@ -218,7 +221,7 @@ def _decode_int4(weight: Tensor, scale: Tensor, *, k: int) -> Tensor:
 
 
 def _nf4_thresholds() -> tuple[float, ...]:
-    """Smallest fp32 at which level i + 1 is strictly nearer than level i, distances rounded to fp32."""
+    """Smallest fp32 that is strictly nearer to level i + 1 than to i, distances rounded to fp32."""
     levels = torch.tensor(NF4_LEVELS)
     low, high = levels[:-1], levels[1:]
     middle = (low.double() + high.double()).mul(0.5).float()
@@ -233,7 +236,7 @@ def _nf4_thresholds() -> tuple[float, ...]:
 
 
 def _encode_nf4(blocks: Tensor, thresholds: Tensor, *, short: bool) -> tuple[Tensor, Tensor]:
-    """Codes [B, L] and absmax [B] of blocks [B, L] in the source dtype; the arithmetic is bitsandbytes'."""
+    """Codes [B, L] and absmax [B] of blocks [B, L], by bitsandbytes' own steps of arithmetic."""
     absmax = blocks.abs().amax(dim=1).float()  # [B]
     scaled = torch.clamp(blocks * (1 / absmax).unsqueeze(1), -1, 1)
     if short:

@@ -1,0 +1,29 @@
+"""The CPU implementation: native code where it was built, else PyTorch one expert at a time."""
+
+import torch
+from torch import Tensor
+
+from .reference import combine_reference, expert_rows
+from .weights import ExpertWeights
+
+
+def expert_outputs(
+    hidden_states: Tensor,
+    token_idx: Tensor,
+    slot_ids: Tensor,
+    weights: ExpertWeights,
+    *,
+    out: Tensor,
+    out_rows: Tensor | None,
+) -> None:
+    """Write every assignment's output row; see `expert_mlp.expert_outputs`."""
+    rows = torch.arange(token_idx.shape[0]) if out_rows is None else out_rows.long()
+    for slot in slot_ids.unique().tolist():
+        chosen = (slot_ids == slot).nonzero().squeeze(1)
+        tokens = hidden_states[token_idx[chosen].long()]  # [M, H]
+        out[rows[chosen]] = expert_rows(tokens, weights, slot).to(out.dtype)
+
+
+def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+    """See `expert_mlp.combine`."""
+    return combine_reference(outputs, topk_weights, topk_ids)
