@@ -29,7 +29,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices
-    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    x = x / (x.square().sum((-2, -1), keepdim=True).sqrt() + 1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -55,34 +55,22 @@ class MuonAdamW:
     @torch.no_grad()
     def step(self, number: int, multiplier: float) -> None:
         """Applies the gradients and clears them; `number` counts from 1, `multiplier` scales every rate."""
-        for shape, names in self._muon_groups().items():
-            self._muon_update(shape, names, multiplier)
+        for name, parameter in self.muon.items():
+            self._muon_update(name, parameter, multiplier=multiplier)
         for name, parameter in self.adam.items():
             self._adam_update(name, parameter, number=number, multiplier=multiplier)
 
-    def _muon_groups(self) -> dict[tuple[int, int], list[str]]:
-        groups: dict[tuple[int, int], list[str]] = {}
-        for name, parameter in self.muon.items():
-            groups.setdefault(_matrices(name, parameter).shape[-2:], []).append(name)
-        return groups
-
-    def _muon_update(self, shape: tuple[int, int], names: list[str], multiplier: float) -> None:
-        directions = []
-        for name in names:
-            parameter, momentum = self.muon[name], self.state[f"momentum.{name}"]
-            grad = parameter.grad
-            if grad is None:
-                grad = torch.zeros_like(parameter)
-            momentum.lerp_(grad, 1 - MUON_MOMENTUM)
-            directions.append(_matrices(name, grad.lerp_(momentum, MUON_MOMENTUM)))
-            parameter.grad = None
+    def _muon_update(self, name: str, parameter: nn.Parameter, *, multiplier: float) -> None:
+        if parameter.grad is None:
+            return
+        momentum = self.state[f"momentum.{name}"]
+        momentum.lerp_(parameter.grad, 1 - MUON_MOMENTUM)
+        update = orthogonalise(_matrices(name, parameter.grad.lerp_(momentum, MUON_MOMENTUM)))
         rate = MUON_LR * multiplier
-        scale = max(1.0, shape[0] / shape[1]) ** 0.5
-        updates = orthogonalise(torch.cat(directions)).split([len(d) for d in directions])
-        for name, update in zip(names, updates, strict=True):
-            parameter = self.muon[name]
-            parameter.mul_(1 - rate * WEIGHT_DECAY)
-            parameter.sub_(update.reshape(parameter.shape), alpha=rate * scale)
+        scale = max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
+        parameter.mul_(1 - rate * WEIGHT_DECAY)
+        parameter.sub_(update.reshape(parameter.shape), alpha=rate * scale)
+        parameter.grad = None
 
     def _adam_update(self, name: str, parameter: nn.Parameter, *, number: int, multiplier: float) -> None:
         if parameter.grad is None:

@@ -26,6 +26,7 @@ from outrider.runtime.models.deepseek import DeepseekConfig, DeepseekForCausalLM
 from . import experts
 from .corpus import DOMAINS
 from .data import Windows, bytes_per_token
+from .loss import expert_balance, head_cross_entropy
 from .optimizer import MuonAdamW
 from .tokenizer import CONTEXT, VOCAB_SIZE
 
@@ -55,6 +56,7 @@ class Plan:
     decay_fraction: float = 0.25
     until: float | None = None
     length: int = 512
+    constant_length: int = 256
     sequences: int = 12
     microbatch: int = 6
     warmup_steps: int = 40
@@ -88,9 +90,9 @@ class Trainer:
         self.train = Windows(data, "train", length=plan.length)
         self.validation = Windows(data, "validation", length=plan.length)
         self.token_bytes = bytes_per_token(data)
-        self.loads: list[Tensor] = []
+        self.counts: list[Tensor] = []
         self.balance: list[Tensor] = []
-        self._decay_now = False
+        self._decay_now = self._stopping = False
         self._speeds: deque[tuple[float, int]] = deque(maxlen=100)
         for module in self.model.modules():
             if isinstance(module, DeepseekTopKRouter):
@@ -105,17 +107,25 @@ class Trainer:
         return self.folder / "state.safetensors"
 
     def run(self) -> None:
-        """Trains until the plan's tokens are seen or its time is over; SIGUSR1 begins the decay at once."""
-        previous = signal.signal(signal.SIGUSR1, self._begin_decay)
+        """Trains until the plan's tokens are seen or its time is over; SIGUSR1 begins the decay at once, SIGTERM saves
+        and returns."""
+        previous = {
+            signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._begin_decay),
+            signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop),
+        }
         saved = time.monotonic()
         try:
             while (multiplier := self._multiplier()) > 0:
+                if self._stopping:
+                    self.save()
+                    return
                 self.step(multiplier)
                 if time.monotonic() - saved > self.plan.save_every_s:
                     self.save()
                     saved = time.monotonic()
         finally:
-            signal.signal(signal.SIGUSR1, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
         self.progress.target = self.progress.tokens
         self.validate()
         self.save()
@@ -127,16 +137,19 @@ class Trainer:
         parts = batch.split(plan.microbatch)
         losses, balances = [], []
         counts = torch.zeros(0)
+        # Attention over half the window costs half; the decay phase restores the whole.
+        context = plan.length if multiplier < 1 else plan.constant_length
         for part in parts:
-            self.loads.clear()
+            self.counts.clear()
             self.balance.clear()
-            logits = self.model(part[:, :-1], use_cache=False).logits
-            loss = F.cross_entropy(logits.flatten(0, 1), part[:, 1:].flatten())
+            inputs, targets = part[:, :-1].reshape(-1, context), part[:, 1:].flatten()
+            hidden = self.model.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+            loss = head_cross_entropy(hidden, self.model.lm_head.weight, targets)
             balance = torch.stack(self.balance)
             (loss + self.model.config.aux_loss_alpha * balance.sum()).div(len(parts)).backward()
             losses.append(loss.item())
             balances.append(balance.mean().item())
-            counts = torch.stack(self.loads) + (counts if len(counts) else 0)
+            counts = torch.stack(self.counts) + (counts if len(counts) else 0)
         progress = self.progress
         progress.step += 1
         progress.tokens += batch.shape[0] * plan.length
@@ -190,6 +203,9 @@ class Trainer:
     def _begin_decay(self, *_: object) -> None:
         self._decay_now = True
 
+    def _stop(self, *_: object) -> None:
+        self._stopping = True
+
     def _multiplier(self) -> float:
         """1 in the constant phase, falling linearly to 0 at the end, whichever of tokens and time comes first."""
         progress, plan = self.progress, self.plan
@@ -208,15 +224,10 @@ class Trainer:
         return multiplier if multiplier > 0.004 else 0.0
 
     def _observe_router(self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
-        """Load balancing as in Switch Transformer (Fedus et al., 2021, eq. 4-6): 1 where all experts share alike."""
-        if not torch.is_grad_enabled():
-            return
-        logits, _, indices = output
-        num_experts = logits.shape[-1]
-        counts = torch.bincount(indices.flatten(), minlength=num_experts).float()
-        self.loads.append(counts)
-        share = counts / indices.numel()
-        self.balance.append(num_experts * (share * logits.softmax(-1).mean(0)).sum())
+        if torch.is_grad_enabled():
+            logits, _, indices = output
+            self.counts.append(torch.bincount(indices.flatten(), minlength=logits.shape[-1]).float())
+            self.balance.append(expert_balance(logits, self.counts[-1]))
 
     def _log_step(self, batch: Tensor, *, loss: float, balance: float, counts: Tensor, rate: float) -> None:
         targets = batch[:, 1:]
