@@ -1,0 +1,315 @@
+"""Eviction policies: which resident expert leaves when a slot is needed.
+
+Pure bookkeeping over keys. A policy never sees slots, pins or bytes: the cache tells it which
+experts may go.
+"""
+
+import heapq
+import logging
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Protocol
+
+from ...collect.schema import ExpertKey, ModelShape
+from ..errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+Evictable = Callable[[ExpertKey], bool]
+
+HALF_LIFE_TOKENS = 64
+"""Tokens after which a use counts half in the decayed frequencies: a paragraph, not a document."""
+
+WARMUP_TOKENS = 128
+"""Tokens that `static` counts before it fixes the hot set."""
+
+DEFAULT_EVICTION = "layer-lfu"
+"""Ahead of layer-lru at every budget of the first study (DESIGN section 6), and like it unable to
+collapse below one step's working set."""
+
+
+class EvictionPolicy(Protocol):
+    """Orders the experts that hold slots. Called by one ExpertCache only; never blocks."""
+
+    def admit(self, key: ExpertKey) -> None:
+        """`key` holds a slot from now on (its copy may still be under way)."""
+        ...
+
+    def touch(self, key: ExpertKey) -> None:
+        """`key` was used in a step, whether it holds a slot or not."""
+        ...
+
+    def discard(self, key: ExpertKey) -> None:
+        """`key` holds its slot no longer."""
+        ...
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        """The expert that should make room for `incoming`; changes nothing.
+
+        Only keys for which `evictable` is true; None exactly if there is no such key.
+        """
+        ...
+
+
+class Ranking(Protocol):
+    """An order of keys from the first to leave to the last."""
+
+    def add(self, key: ExpertKey) -> None: ...
+
+    def touch(self, key: ExpertKey) -> None: ...
+
+    def discard(self, key: ExpertKey) -> None: ...
+
+    def first(self, evictable: Evictable) -> ExpertKey | None: ...
+
+    def __len__(self) -> int: ...
+
+
+class RecencyRanking:
+    """Least recently admitted or used first."""
+
+    def __init__(self) -> None:
+        self._order: OrderedDict[ExpertKey, None] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def add(self, key: ExpertKey) -> None:
+        self._order[key] = None
+
+    def touch(self, key: ExpertKey) -> None:
+        if key in self._order:
+            self._order.move_to_end(key)
+
+    def discard(self, key: ExpertKey) -> None:
+        self._order.pop(key, None)
+
+    def first(self, evictable: Evictable) -> ExpertKey | None:
+        return next(filter(evictable, self._order), None)
+
+
+class FrequencyRanking:
+    """Least exponentially decayed count of uses first; counts outlive residency.
+
+    Each layer has its own clock, one tick a use, and a use weighs 2^(ticks / half_life) when it is
+    made: weights then grow instead of decaying, so the order of two keys changes only by uses and
+    a heap stays valid. Weights are kept as base-2 logarithms, which cannot overflow. The heap
+    holds lower bounds that are corrected when they reach the top: O(log n) a use, amortised.
+    """
+
+    def __init__(self, half_life: float) -> None:
+        self._half_life = half_life
+        self._clock: dict[int, int] = {}
+        self._weight: dict[ExpertKey, float] = {}
+        self._heap: list[tuple[float, ExpertKey]] = []
+        self._members: set[ExpertKey] = set()
+        self._queued: set[ExpertKey] = set()
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def weight(self, key: ExpertKey) -> float:
+        """log2 of the decayed count, on a scale common to all keys; -inf if never used."""
+        return self._weight.get(key, -math.inf)
+
+    def add(self, key: ExpertKey) -> None:
+        self._members.add(key)
+        if key not in self._queued:
+            self._queued.add(key)
+            heapq.heappush(self._heap, (self.weight(key), key))
+
+    def touch(self, key: ExpertKey) -> None:
+        tick = self._clock.get(key.layer_idx, 0) + 1
+        self._clock[key.layer_idx] = tick
+        use = tick / self._half_life
+        old = self.weight(key)
+        high, low = max(old, use), min(old, use)
+        self._weight[key] = high + math.log2(1.0 + 2.0 ** (low - high))
+
+    def discard(self, key: ExpertKey) -> None:
+        self._members.discard(key)
+
+    def first(self, evictable: Evictable) -> ExpertKey | None:
+        passed: list[tuple[float, ExpertKey]] = []
+        found = None
+        while self._heap and found is None:
+            bound, key = heapq.heappop(self._heap)
+            if key not in self._members:
+                self._queued.discard(key)
+            elif bound < self.weight(key):
+                heapq.heappush(self._heap, (self.weight(key), key))
+            else:
+                passed.append((bound, key))
+                if evictable(key):
+                    found = key
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
+
+
+def _half_life(shape: ModelShape) -> float:
+    return float(HALF_LIFE_TOKENS * shape.top_k)
+
+
+class GlobalEviction:
+    """One ranking over all layers' experts."""
+
+    def __init__(self, ranking: Ranking) -> None:
+        self._ranking = ranking
+
+    def admit(self, key: ExpertKey) -> None:
+        self._ranking.add(key)
+
+    def touch(self, key: ExpertKey) -> None:
+        self._ranking.touch(key)
+
+    def discard(self, key: ExpertKey) -> None:
+        self._ranking.discard(key)
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        return self._ranking.first(evictable)
+
+
+class LruEviction(GlobalEviction):
+    """Least recently used of all layers. Hits nothing below one step's working set."""
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        super().__init__(RecencyRanking())
+
+
+class LfuEviction(GlobalEviction):
+    """Least decayed frequency of all layers."""
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        super().__init__(FrequencyRanking(_half_life(shape)))
+
+
+class LayerEviction:
+    """A ranking and a quota of slots for each layer; free slots may be borrowed beyond the quota.
+
+    A layer at its quota replaces its own experts; one below it takes a slot back from the layer
+    that is most above. If pins leave nothing there, any layer's expert may go.
+    """
+
+    def __init__(self, rankings: list[Ranking], num_slots: int) -> None:
+        layers = len(rankings)
+        self._rankings = rankings
+        self._quotas = [
+            (layer + 1) * num_slots // layers - layer * num_slots // layers
+            for layer in range(layers)
+        ]
+
+    def admit(self, key: ExpertKey) -> None:
+        self._rankings[key.layer_idx].add(key)
+
+    def touch(self, key: ExpertKey) -> None:
+        self._rankings[key.layer_idx].touch(key)
+
+    def discard(self, key: ExpertKey) -> None:
+        self._rankings[key.layer_idx].discard(key)
+
+    def _excess(self, layer_idx: int) -> int:
+        return len(self._rankings[layer_idx]) - self._quotas[layer_idx]
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        own = incoming.layer_idx
+        if self._excess(own) >= 0:
+            key = self._rankings[own].first(evictable)
+            if key is not None:
+                return key
+        layers = sorted(range(len(self._rankings)), key=self._excess, reverse=True)
+        for layer_idx in layers:
+            key = self._rankings[layer_idx].first(evictable)
+            if key is not None:
+                return key
+        return None
+
+
+class LayerLruEviction(LayerEviction):
+    """Least recently used, a quota of slots for each layer."""
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        super().__init__([RecencyRanking() for _ in range(shape.num_moe_layers)], num_slots)
+
+
+class LayerLfuEviction(LayerEviction):
+    """Least decayed frequency, a quota of slots for each layer."""
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        half_life = _half_life(shape)
+        super().__init__(
+            [FrequencyRanking(half_life) for _ in range(shape.num_moe_layers)], num_slots
+        )
+
+
+class StaticEviction:
+    """Counts for WARMUP_TOKENS tokens, then keeps the most used experts for good.
+
+    The hot set leaves one step's top_k slots (at most half of all) for the experts outside it,
+    which replace each other by recency. A hot expert goes only where nothing else may.
+    """
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        self._counts = FrequencyRanking(math.inf)
+        self._recency = RecencyRanking()
+        self._uses: dict[ExpertKey, int] = {}
+        self._warmup = WARMUP_TOKENS * shape.top_k * shape.num_moe_layers
+        self._hot_slots = num_slots - min(shape.top_k, (num_slots + 1) // 2)
+        self._hot: frozenset[ExpertKey] = frozenset()
+
+    def admit(self, key: ExpertKey) -> None:
+        self._counts.add(key)
+        self._recency.add(key)
+
+    def touch(self, key: ExpertKey) -> None:
+        self._recency.touch(key)
+        if self._warmup > 0:
+            self._warmup -= 1
+            self._counts.touch(key)
+            self._uses[key] = self._uses.get(key, 0) + 1
+            if self._warmup == 0:
+                ranked = sorted(self._uses, key=lambda key: (-self._uses[key], key))
+                self._hot = frozenset(ranked[: self._hot_slots])
+
+    def discard(self, key: ExpertKey) -> None:
+        self._counts.discard(key)
+        self._recency.discard(key)
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        if self._hot:
+            key = self._recency.first(lambda key: key not in self._hot and evictable(key))
+            if key is not None:
+                return key
+        return self._counts.first(evictable)
+
+
+EVICTIONS: dict[str, Callable[[ModelShape, int], EvictionPolicy]] = {
+    "layer-lfu": LayerLfuEviction,
+    "layer-lru": LayerLruEviction,
+    "lfu": LfuEviction,
+    "lru": LruEviction,
+    "static": StaticEviction,
+}
+
+
+def make_eviction(name: str, *, shape: ModelShape, num_slots: int) -> EvictionPolicy:
+    """The policy called `name` for a cache of `num_slots`; UsageError lists the known names.
+
+    A global LRU that holds less than one step's working set evicts each expert before its layer
+    comes round again: it is replaced by the per-layer form, and a warning says so.
+    """
+    if name not in EVICTIONS:
+        raise UsageError(f"eviction policy {name!r} is unknown; known ones: {', '.join(EVICTIONS)}")
+    working_set = shape.num_moe_layers * shape.top_k
+    if name == "lru" and num_slots < working_set:
+        logger.warning(
+            "%d expert slots are fewer than the %d experts of one token (%d layers x top %d): "
+            "a global lru would hit nothing, using layer-lru",
+            num_slots,
+            working_set,
+            shape.num_moe_layers,
+            shape.top_k,
+        )
+        name = "layer-lru"
+    return EVICTIONS[name](shape, num_slots)
