@@ -87,7 +87,8 @@ class Detokenizer:
 class _TokenWindow:
     """Decodes a short window of tokens: one settled group as context, then those not yet settled.
 
-    `_ids[:_settled]` is the context and `_passed` how the window's text begins that was handed on.
+    `_ids[:_num_settled]` is the context, `_text` the window's text, and `_passed` how it begins:
+    the context's text and what was handed on of the rest.
     """
 
     def __init__(
@@ -96,72 +97,75 @@ class _TokenWindow:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
         self._ids = [int(token_id) for token_id in context]
-        self._settled = len(self._ids)
-        self._passed = self._decode(self._ids) if self._ids else ""
+        self._num_settled = len(self._ids)
+        self._text = self._passed = self._decode(self._ids)
 
     def push(self, token_id: int) -> str:
         self._ids.append(int(token_id))
-        text = self._text()
+        text = self._decode(self._ids)
+        # Twice, since a space or a byte may vanish when it stands alone: a token without text (a
+        # skipped special one) must not count as one of those that an open character waits behind.
+        if text == self._text and not self._decode([self._ids[-1]] * 2):
+            self._ids.pop()
+            return ""
+        self._text = text
+        self._reconcile()
         # Any undecodable end may become a character, or several, with the next token.
-        sure = text.rstrip(_UNDECODABLE)
+        sure = self._text.rstrip(_UNDECODABLE)
         new = sure[len(self._passed) :]
-        if new and len(sure) == len(text):
+        if new and len(sure) == len(self._text):
             self._advance()
             return new
         if new:
             self._passed = sure
-        if len(self._ids) - self._settled > _MAX_HELD_TOKENS:
+        if len(self._ids) - self._num_settled > _MAX_HELD_TOKENS:
             new += self._shorten()
         return new
 
     def flush(self) -> str:
-        text = self._text()
-        new = text[len(self._passed) :]
-        self._passed = text
+        new = self._text[len(self._passed) :]
+        self._passed = self._text
         return new
-
-    def _text(self) -> str:
-        """The window's text, which begins with `_passed`."""
-        text = self._decode(self._ids)
-        if text.startswith(self._passed):
-            return text
-        # The prompt ended inside a character, which this token goes on with.
-        passed = self._passed.rstrip(_UNDECODABLE)
-        if len(passed) < len(self._passed) and text.startswith(passed):
-            self._passed = passed
-            return text
-        # A later byte changed how earlier ones decode (byte fallback): go on without context.
-        self._restart(self._settled)
-        return self._decode(self._ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
+    def _reconcile(self) -> None:
+        """Make `_text` begin with `_passed` again where the newest token changed earlier text."""
+        if self._text.startswith(self._passed):
+            return
+        # The settled tokens ended inside a character, which this token goes on with.
+        passed = self._passed.rstrip(_UNDECODABLE)
+        if len(passed) < len(self._passed) and self._text.startswith(passed):
+            self._passed = passed
+        else:
+            # Byte fallback decodes a whole run of bytes anew with each byte: forget the settled
+            # ones.
+            self._cut(self._num_settled)
+
     def _advance(self) -> None:
         """All tokens are settled: the newest group becomes the context."""
-        self._restart(self._settled)
-        self._settled = len(self._ids)
-        self._passed = self._decode(self._ids)
+        self._cut(self._num_settled)
+        self._num_settled = len(self._ids)
+        self._passed = self._text
 
-    def _restart(self, start: int) -> None:
+    def _cut(self, start: int) -> None:
+        """Forget the tokens before `start`; none of the others is settled."""
         del self._ids[:start]
-        self._settled = 0
+        self._num_settled = 0
+        self._text = self._decode(self._ids)
         self._passed = ""
 
     def _shorten(self) -> str:
         """Cut the window where its text divides, and return what that settles."""
-        text = self._decode(self._ids)
-        if text == self._passed:
-            # Tokens without any text (skipped special tokens): nothing depends on them.
-            del self._ids[self._settled :]
-            return ""
-        for cut in range(len(self._ids) - _MAX_OPEN_TOKENS, self._settled, -1):
-            head = self._decode(self._ids[:cut])
-            if head.startswith(self._passed) and head + self._decode(self._ids[cut:]) == text:
+        for end in range(len(self._ids) - _MAX_OPEN_TOKENS, self._num_settled, -1):
+            head = self._decode(self._ids[:end])
+            divides = head + self._decode(self._ids[end:]) == self._text
+            if divides and head.startswith(self._passed):
                 new = head[len(self._passed) :]
-                self._restart(cut)
+                self._cut(end)
                 return new
-        new = text[len(self._passed) :]
+        new = self._text[len(self._passed) :]
         self._advance()
         return new
 

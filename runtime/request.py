@@ -229,7 +229,7 @@ def _stop_strings(value: object) -> tuple[str, ...]:
 def _token_ids(field: str, value: Any) -> tuple[int, ...]:
     if value is None:
         return ()
-    if isinstance(value, (str, bytes, bytearray, Mapping)) or not hasattr(value, "__len__"):
+    if isinstance(value, (str, bytes, bytearray, Mapping)) or not hasattr(value, "__getitem__"):
         raise refusal(field, value, "a list of token ids")
     check_length(field, len(value), f"num_{field}", unit="token ids")
     limit = LIMITS["token_id"]
