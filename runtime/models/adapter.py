@@ -22,16 +22,16 @@ from transformers.core_model_loading import (
     WeightRenaming,
     rename_source_key,
 )
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from ...collect.schema import ModelShape
 from ..errors import InvalidDataError, UnsupportedModelError
 from . import deepseek
 
 EXPERTS_IMPLEMENTATION = "outrider"
-# An experts function: (experts module, hidden_states [T, H], topk_ids [T, K], topk_weights [T, K]) -> [T, H].
+# (layer_idx, experts module, hidden_states [T, H], topk_ids [T, K], topk_weights [T, K]) -> [T, H]
 ExpertsFunction = Callable[
-    [torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
+    [int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
 ]
 
 
@@ -285,10 +285,11 @@ def materialize_buffers(model: Any, *, device: torch.device) -> None:
                 )
 
 
-def install(model: Any, function: ExpertsFunction) -> None:
+def install(model: Any, layers: list[MoeLayer], function: ExpertsFunction) -> None:
     """Have every experts module of this model call `function`; other models are not touched."""
-    for layer in moe_layers(model):
+    for layer in layers:
         layer.experts.outrider_function = function
+        layer.experts.outrider_layer_idx = layer.layer_idx
     ALL_EXPERTS_FUNCTIONS.register(EXPERTS_IMPLEMENTATION, _dispatch)
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
@@ -299,7 +300,16 @@ def _dispatch(
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
 ) -> torch.Tensor:
-    return self.outrider_function(self, hidden_states, top_k_index, top_k_weights)
+    return self.outrider_function(
+        self.outrider_layer_idx, self, hidden_states, top_k_index, top_k_weights
+    )
+
+
+def activation(layer: MoeLayer) -> str | None:
+    """The activation by its configuration name, or None if the family has one of its own."""
+    if type(layer.experts)._apply_gate is not _default_apply_gate:
+        return None
+    return getattr(layer.experts.config, "hidden_act", None)
 
 
 def router_gate(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor | None] | None:
@@ -310,6 +320,24 @@ def router_gate(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor | None] | N
     if bias is None:
         bias = getattr(layer.router, "e_score_correction_bias", None)
     return layer.router.weight, bias if isinstance(bias, torch.Tensor) else None
+
+
+def router_scoring(layer: MoeLayer) -> str:
+    """"sigmoid" for routers that score experts one by one (with a correction bias), else "softmax"."""
+    return "sigmoid" if hasattr(layer.router, "e_score_correction_bias") else "softmax"
+
+
+def kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int:
+    """Bytes of keys and values that one token takes over all layers, as `SequenceKv` keeps them."""
+    heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):
+        # Multi-head latent attention caches the expanded heads, as transformers does.
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+        per_layer = heads * (key + config.v_head_dim)
+    else:
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        per_layer = 2 * (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    return config.num_hidden_layers * per_layer * dtype.itemsize
 
 
 def context_length(config: Any) -> int | None:

@@ -1,0 +1,167 @@
+"""The experts that one layer needs in one step: found, fetched, and handed out as they arrive.
+
+Decides nothing about what is read ahead and computes nothing. A layer that needs more experts than
+can be held at once gets them in waves: what was computed is let go to make room for the rest.
+"""
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from ..collect.schema import ExpertKey
+from .errors import TransferError
+from .experts.cache import ExpertCache, Kind, Lease, Slot, SlotState
+from .experts.prefetcher import Prefetcher
+from .experts.transfer import Transfer, TransferEngine
+from .stats import ExpertTraffic
+
+logger = logging.getLogger(__name__)
+
+
+class Acquisition:
+    """A context manager over the experts `needed`, distinct and in ascending order.
+
+    Look-ups are counted into `traffic` on entry, where the reads of what is missing are also
+    submitted; `waves` then blocks on them. `stall_s` is the time spent waiting. Leaving gives every
+    slot back, also after an error.
+    """
+
+    def __init__(
+        self,
+        needed: Sequence[ExpertKey],
+        *,
+        cache: ExpertCache,
+        transfers: TransferEngine,
+        prefetcher: Prefetcher,
+        traffic: ExpertTraffic,
+    ) -> None:
+        self._needed = needed
+        self._cache = cache
+        self._transfers = transfers
+        self._prefetcher = prefetcher
+        self._traffic = traffic
+        self._ready: list[tuple[ExpertKey, Slot]] = []
+        self._in_flight: deque[Transfer] = deque()
+        self._missing: deque[ExpertKey] = deque()
+        self._leases: list[Lease] = []
+        self.stall_s = 0.0
+        self.num_failed_prefetches = 0
+
+    def __enter__(self) -> "Acquisition":
+        self._prefetcher.settle()
+        for key in self._needed:
+            self._look_up(key)
+        self._submit()
+        return self
+
+    def _look_up(self, key: ExpertKey) -> None:
+        traffic = self._traffic
+        traffic.lookups += 1
+        slot = self._cache.lookup(key)
+        if slot is not None:
+            self._hand_out(key, slot)
+            if self._cache.record_use(key):
+                traffic.hits_prefetched += 1
+            else:
+                traffic.hits_resident += 1
+            return
+        copy = self._prefetcher.claim(key)
+        if copy is not None:
+            traffic.late_hits += 1
+            self._in_flight.append(copy)
+        else:
+            traffic.misses += 1
+            self._missing.append(key)
+        self._cache.record_use(key)
+
+    def waves(self) -> Iterator[list[tuple[ExpertKey, Slot]]]:
+        """Experts with their slots, readable until the next wave is asked for; blocks on reads.
+
+        Every needed expert comes exactly once. Raises TransferError if one cannot be read.
+        """
+        while self._ready or self._in_flight or self._missing:
+            if not self._ready:
+                self._wait()
+                continue
+            wave, self._ready = self._ready, []
+            yield wave
+            self._collect()
+            if self._missing:
+                self._release()
+                self._submit()
+
+    def _hand_out(self, key: ExpertKey, slot: Slot) -> None:
+        self._leases.append(self._cache.pin([key]))
+        self._ready.append((key, slot))
+
+    def _submit(self) -> None:
+        keep = self._prefetcher.wanted
+        while self._missing:
+            key = self._missing[0]
+            slot = self._cache.reserve(key, Kind.ON_DEMAND, keep=keep)
+            if slot is None:
+                return
+            self._missing.popleft()
+            copy = self._transfers.submit(key, slot, Kind.ON_DEMAND)
+            self._traffic.bytes_on_demand += copy.nbytes
+            self._in_flight.append(copy)
+
+    def _wait(self) -> None:
+        if not self._in_flight:
+            # Nothing of ours is pinned or loading, and prefetches may not take the last slot.
+            self._prefetcher.settle()
+            self._submit()
+            assert self._in_flight, "no slot for a missing expert although none is in use"
+        began = time.perf_counter()
+        self._finish(self._in_flight.popleft())
+        self.stall_s += time.perf_counter() - began
+        self._collect()
+
+    def _collect(self) -> None:
+        for copy in [copy for copy in self._in_flight if copy.done()]:
+            self._in_flight.remove(copy)
+            self._finish(copy)
+
+    def _finish(self, copy: Transfer) -> None:
+        try:
+            copy.wait()
+        except TransferError as error:
+            self._cache.abandon(copy.slot)
+            if copy.kind is Kind.ON_DEMAND:
+                raise
+            logger.warning("prefetch of %s failed, reading it on demand: %s", copy.key, error)
+            self.num_failed_prefetches += 1
+            self._missing.appendleft(copy.key)
+            self._submit()
+            return
+        self._cache.commit(copy.slot)
+        self._hand_out(copy.key, copy.slot)
+
+    def _release(self) -> None:
+        # Experts that are ready but not handed out yet stay pinned.
+        held = {key for key, _ in self._ready}
+        kept: list[Lease] = []
+        for lease in self._leases:
+            if held.isdisjoint(lease.slots):
+                lease.release()
+            else:
+                kept.append(lease)
+        self._leases = kept
+
+    def __exit__(self, *_: object) -> None:
+        while self._in_flight:
+            copy = self._in_flight.popleft()
+            if copy.cancel():
+                self._cache.abandon(copy.slot)
+                continue
+            try:
+                copy.wait()
+            except TransferError as error:
+                logger.warning("a read that is no longer needed failed: %s", error)
+                self._cache.abandon(copy.slot)
+            else:
+                self._cache.commit(copy.slot)
+        for lease in self._leases:
+            lease.release()
+        self._leases = []

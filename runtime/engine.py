@@ -1,0 +1,257 @@
+"""The generation engine: requests in, tokens out, one pass at a time.
+
+`step` is schedule, run, apply. Knows neither commands nor sockets; `tier` puts its parts together.
+"""
+
+import time
+from collections.abc import Callable, Generator, Iterable
+from collections.abc import Sequence as Rows
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from .config import EngineConfig
+from .detokenizer import Detokenizer
+from .errors import OutriderError, UsageError
+from .generation import GenerationChunk, GenerationResult
+from .models import adapter
+from .models.loading import LoadedModel, load_model, load_tokenizer, resolve_folder
+from .prompt import Prompt, encode
+from .request import GenerationRequest, SamplingParams
+from .runner import ModelRunner
+from .sampler import Sampler
+from .scheduler import Scheduler
+from .sequence import Sequence
+from .stats import ExpertUsage, GenerationStats, GenerationTimings, StepStats
+from .tier import ExpertTier, build_tier, expert_source
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_NUM_SEQS = 8
+MAX_NUM_BATCHED_TOKENS = 2048
+Progress = Callable[[str, int, int], None]
+
+
+class Engine:
+    """A loaded model that generates. Not thread-safe: one thread calls it; calls block."""
+
+    def __init__(
+        self, loaded: LoadedModel, tier: ExpertTier, *, config: EngineConfig, tokenizer: Any
+    ) -> None:
+        self.loaded = loaded
+        self.tier = tier
+        self.config = config
+        self.tokenizer = tokenizer
+        self.load_s = 0.0
+        self.vocab_size: int = loaded.config.vocab_size
+        self.max_length = adapter.context_length(loaded.config)
+        self._runner = ModelRunner(loaded, tier.executor)
+        self._scheduler: Scheduler[Sequence] = Scheduler(
+            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS
+        )
+        self._is_closed = False
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | None = None,
+        *,
+        store: Path | None = None,
+        progress: Progress | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a local folder, a hub id or, with None, the built-in model.
+
+        `options` are the fields of `EngineConfig` (`expert_memory="8GiB"`, `predictor=...`,
+        `device=...`). `store` is a packed expert store to use instead of the cached one. Blocks
+        while weights are read and, the first time a format is asked for, packed;
+        `progress(what, done, total)` is told. Raises OutriderError.
+        """
+        return cls.from_config(
+            EngineConfig(**options), model=model, store=store, progress=progress
+        )
+
+    @classmethod
+    def from_config(
+        cls,
+        config: EngineConfig,
+        *,
+        model: str | Path | None = None,
+        store: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """As `from_pretrained`, for a configuration that is made already."""
+        began = time.perf_counter()
+        _refuse_unavailable(config)
+        if config.num_threads is not None:
+            torch.set_num_threads(config.num_threads)
+
+        def told(what: str) -> Callable[[int, int], None] | None:
+            return None if progress is None else lambda done, total: progress(what, done, total)
+
+        folder = resolve_folder(None if model is None else str(model), revision=config.revision)
+        loaded = load_model(
+            folder, dtype=DTYPES.get(config.dtype), progress=told("loading dense weights")
+        )
+        tokenizer = load_tokenizer(folder)
+        source = expert_source(
+            loaded, config.format, store=store, progress=told("packing experts")
+        )
+        engine = cls(
+            loaded, build_tier(loaded, config, source=source), config=config, tokenizer=tokenizer
+        )
+        engine.load_s = time.perf_counter() - began
+        return engine
+
+    def generate(
+        self, prompts: Prompt | Iterable[Prompt], params: SamplingParams | None = None
+    ) -> list[GenerationResult]:
+        """Generate for one prompt (text or token ids) or several at once; results in their order.
+
+        Raises UsageError before anything runs, TransferError if an expert cannot be read.
+        """
+        params = params or SamplingParams()
+        single = isinstance(prompts, str) or _is_token_ids(prompts)
+        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item]
+        sequences = [self._sequence(prompt, params) for prompt in many]
+        try:
+            for sequence in sequences:
+                self._scheduler.add(sequence)
+            while not all(sequence.is_finished for sequence in sequences):
+                self.step()
+        finally:
+            self._drop(sequences)
+        for sequence in sequences:
+            if sequence.error is not None:
+                raise sequence.error
+        return [GenerationResult.of(sequence) for sequence in sequences]
+
+    def stream(
+        self, prompt: Prompt, params: SamplingParams | None = None
+    ) -> Generator[GenerationChunk, None, GenerationResult]:
+        """Generate for one prompt and yield a chunk a token; the result is the generator's value.
+
+        Closing the generator, as leaving a loop over it does, cancels what is left.
+        """
+        sequence = self._sequence(prompt, params or SamplingParams())
+        return self._stream(sequence)
+
+    def _stream(self, sequence: Sequence) -> Generator[GenerationChunk, None, GenerationResult]:
+        self._scheduler.add(sequence)
+        try:
+            while not sequence.is_finished:
+                text = self.step().get(sequence)
+                if sequence.error is not None:
+                    raise sequence.error
+                if text is not None:
+                    yield GenerationChunk((sequence.token_ids[-1],), text, sequence.finish_reason)
+        finally:
+            self._drop([sequence])
+        return GenerationResult.of(sequence)
+
+    def submit(self, request: GenerationRequest) -> Sequence:
+        """Queue a request for `step` to run. Raises UsageError if it can never run."""
+        prompt: Any = request.prompt_token_ids or request.messages or request.prompt
+        sequence = self._sequence(prompt, request)
+        self._scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> dict[Sequence, str]:
+        """One pass over what is queued: the text that each sequence gained. Empty if idle.
+
+        An expert that cannot be read ends the sequences of that pass with an error and leaves the
+        engine usable.
+        """
+        batch = self._scheduler.schedule()
+        if not batch.spans:
+            return {}
+        prefilling = {span.sequence for span in batch.spans if span.sequence.is_prefill}
+        try:
+            output = self._runner.run(batch)
+        except OutriderError as error:
+            for span in batch.spans:
+                span.sequence.error = error
+                span.sequence.cancel("error")
+            return {span.sequence: "" for span in batch.spans}
+        for span in batch.spans:
+            phase = "prefill" if span.sequence in prefilling else "decode"
+            span.sequence.stats.record(
+                StepStats(phase, span.num_tokens, output.wall_s, output.stall_s, output.traffic)
+            )
+        pieces: dict[Sequence, str] = {}
+        for row, sequence in enumerate(output.sampled):
+            token = sequence.sampler.sample(output.logits[row], sequence.sampler_state)
+            if not sequence.token_ids:
+                sequence.stats.timings.ttft_s = time.perf_counter() - sequence.began_s
+            pieces[sequence] = sequence.accept(token)
+        return pieces
+
+    def close(self) -> None:
+        """Stop reading and free the expert memory; idempotent."""
+        if not self._is_closed:
+            self._is_closed = True
+            self.tier.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
+        if self._is_closed:
+            raise UsageError("the engine is closed; make a new one")
+        token_ids = encode(self.tokenizer, prompt)
+        request = GenerationRequest.from_params(params, prompt_token_ids=token_ids)
+        request.validate_against(self.vocab_size, self.max_length, prompt_token_ids=token_ids)
+        sampler = Sampler(params, vocab_size=self.vocab_size, device=self.loaded.device)
+        predictor = self.tier.make_predictor()
+        if predictor is not None:
+            predictor.begin(np.asarray(token_ids, dtype=np.int64))
+        shape, slots = self.loaded.shape, self.tier.num_slots
+        slot_bytes = self.tier.source.nbytes
+        return Sequence(
+            prompt_token_ids=token_ids,
+            params=params,
+            sampler=sampler,
+            sampler_state=sampler.begin(token_ids),
+            detokenizer=Detokenizer(
+                self.tokenizer, stop=params.stop, prompt_token_ids=token_ids
+            ),
+            predictor=predictor,
+            stats=GenerationStats(
+                GenerationTimings(load_s=self.load_s),
+                ExpertUsage(shape.num_routed_experts, slots, slots * slot_bytes, slot_bytes),
+            ),
+            end_token_ids=self.loaded.end_token_ids,
+        )
+
+    def _drop(self, sequences: Rows[Sequence]) -> None:
+        for sequence in sequences:
+            if not sequence.is_finished:
+                sequence.cancel("cancelled")
+
+
+def _refuse_unavailable(config: EngineConfig) -> None:
+    if config.device.startswith("cuda"):
+        raise UsageError(
+            f"device {config.device!r}: copies to a GPU are not built yet; run with --device cpu"
+        )
+    if config.host_memory != "auto":
+        raise UsageError(
+            "host_memory: without a GPU the expert slots are host memory; use expert_memory"
+        )
+    if config.dense_format != "same":
+        raise UsageError("dense_format: only 'same' is available in this version")
+
+
+def _is_token_ids(prompts: Any) -> bool:
+    return isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], int)
+

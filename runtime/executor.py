@@ -1,0 +1,208 @@
+"""One Mixture-of-Experts layer of a step: predict, acquire, compute, combine.
+
+Joins cache, transfers, prefetcher, predictors and arithmetic; each of those knows its own part
+only. Prediction decides what is read ahead and nothing else.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..collect.schema import ExpertKey, ModelShape
+from ..kernels.expert_mlp import combine
+from ..predictors.base import Forecast, Predictor
+from .acquisition import Acquisition
+from .experts.arithmetic import ExpertArithmetic
+from .experts.cache import CacheCounters, ExpertCache
+from .experts.prefetcher import Prefetcher
+from .experts.transfer import TransferEngine
+from .stats import ExpertTraffic
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Observer:
+    """Rows [start, end) of a pass belong to the sequence that `predictor` follows.
+
+    `step` is that sequence's own count of passes, by which its predictor stamps forecasts;
+    `token_id` the token it decodes now, None in a prefill.
+    """
+
+    predictor: Predictor
+    start: int
+    end: int
+    step: int
+    token_id: int | None
+
+
+class ExpertExecutor:
+    """Serves the experts of every layer of a model from one cache. One thread; blocks on reads."""
+
+    def __init__(
+        self,
+        *,
+        shape: ModelShape,
+        cache: ExpertCache,
+        transfers: TransferEngine,
+        prefetcher: Prefetcher,
+        arithmetic: ExpertArithmetic,
+        block_bytes: int,
+    ) -> None:
+        self.shape = shape
+        self.cache = cache
+        self.prefetcher = prefetcher
+        self._transfers = transfers
+        self._arithmetic = arithmetic
+        self._block_bytes = block_bytes
+        self._observers: list[Observer] = []
+        self._step = 0
+        self._traffic = ExpertTraffic()
+        self._stall_s = 0.0
+        self._before = CacheCounters()
+        self._failed: list[Predictor] = []
+
+    @property
+    def is_degraded(self) -> bool:
+        """A predictor was switched off or reads ahead fail: slower, never wrong."""
+        return bool(self._failed) or self._transfers.degraded
+
+    def begin_step(self, step: int, observers: Sequence[Observer]) -> None:
+        """A forward pass begins. `step` counts passes; `observers` cover its rows in order.
+
+        Predictors of sequences that decode are asked for the whole pass, since their new token is
+        known; the reads that this starts run while the first layers compute.
+        """
+        self._step = step
+        self._observers = [
+            one for one in observers if not any(one.predictor is bad for bad in self._failed)
+        ]
+        self._traffic = ExpertTraffic()
+        self._stall_s = 0.0
+        self._before = replace(self.cache.counters)
+        decoding = [one for one in self._observers if one.token_id is not None]
+        self._offer([self._ask(one, "before_token", one.token_id, 1) for one in decoding])
+        # Execution stands before layer 0, whose experts may be read ahead as well.
+        self.prefetcher.advance(step, -1)
+
+    def end_step(self) -> tuple[ExpertTraffic, float]:
+        """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
+        self.prefetcher.end_step(
+            stall_s=self._stall_s, on_demand_bytes=self._traffic.bytes_on_demand
+        )
+        now, before, traffic = self.cache.counters, self._before, self._traffic
+        traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
+        traffic.prefetch_used = now.prefetch_used - before.prefetch_used
+        traffic.prefetch_wasted = now.prefetch_wasted - before.prefetch_wasted
+        traffic.prefetch_cancelled = now.prefetch_cancelled - before.prefetch_cancelled
+        started = traffic.prefetch_issued - traffic.prefetch_cancelled
+        traffic.bytes_prefetched = max(0, started) * self._block_bytes
+        return traffic, self._stall_s
+
+    def forward(
+        self,
+        layer_idx: int,
+        module: Any,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """The routed experts' output [T, H] of one layer. Raises TransferError.
+
+        hidden_states [T, H], topk_ids and topk_weights [T, K] as the router gave them. The copy of
+        `topk_ids` to the host is the one synchronisation of a layer on a device.
+        """
+        ids = topk_ids.cpu().numpy()  # [T, K]
+        rows = _rows_by_expert(ids)
+        acquisition = Acquisition(
+            [ExpertKey(layer_idx, expert_idx) for expert_idx in rows],
+            cache=self.cache,
+            transfers=self._transfers,
+            prefetcher=self.prefetcher,
+            traffic=self._traffic,
+        )
+        outputs = hidden_states.new_empty(ids.size, hidden_states.shape[1])  # [T * K, H]
+        with acquisition:
+            # The misses are being read by now, so forecasting costs no stall.
+            self._forecast(layer_idx, hidden_states)
+            for wave in acquisition.waves():
+                self._arithmetic.outputs(
+                    module,
+                    hidden_states,
+                    slots=[slot for _, slot in wave],
+                    rows=[rows[key.expert_idx] for key, _ in wave],
+                    top_k=ids.shape[1],
+                    out=outputs,
+                )
+        self._stall_s += acquisition.stall_s
+        self._observe(layer_idx, ids, topk_weights, hidden_states)
+        return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
+
+    def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        self._offer(
+            [
+                self._ask(
+                    observer, "in_pass", layer_idx, hidden_states[observer.start : observer.end]
+                )
+                for observer in list(self._observers)
+            ]
+        )
+        self.prefetcher.advance(self._step, layer_idx)
+
+    def _observe(
+        self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor
+    ) -> None:
+        host_weights = weights.float().cpu().numpy()
+        for observer in list(self._observers):
+            rows = slice(observer.start, observer.end)
+            self._ask(
+                observer, "observe", layer_idx, ids[rows], host_weights[rows], hidden_states[rows]
+            )
+
+    def _offer(self, forecasts: Sequence[Forecast | None]) -> None:
+        for forecast in _union([one for one in forecasts if one is not None]):
+            self.prefetcher.offer(forecast)
+
+    def _ask(self, observer: Observer, method: str, *arguments: Any) -> Forecast | None:
+        # A predictor may be a file that somebody trained: whatever goes wrong in it costs speed
+        # only, so it is set aside and the tokens stay what they are.
+        try:
+            forecast = getattr(observer.predictor, method)(*arguments)
+            if forecast is None:
+                return None
+            forecast.check(self.shape)
+        except Exception as error:
+            logger.warning(
+                "predictor %s failed in %s and is switched off: %s",
+                type(observer.predictor).__name__,
+                method,
+                error,
+            )
+            self._observers.remove(observer)
+            self._failed.append(observer.predictor)
+            return None
+        return replace(forecast, step=forecast.step - observer.step + self._step)
+
+
+def _rows_by_expert(ids: np.ndarray) -> dict[int, torch.Tensor]:
+    """Flat positions t * K + k by expert, experts ascending and positions ascending."""
+    flat = ids.reshape(-1)
+    order = np.argsort(flat, kind="stable")
+    experts, starts = np.unique(flat[order], return_index=True)
+    pieces = np.split(order, starts[1:])
+    return {int(e): torch.from_numpy(piece) for e, piece in zip(experts, pieces, strict=True)}
+
+
+def _union(forecasts: list[Forecast]) -> list[Forecast]:
+    """One forecast per range of layers and step: an expert is used if any sequence uses it."""
+    if len(forecasts) < 2:
+        return forecasts
+    unused: dict[tuple[int, int, int], np.ndarray] = {}
+    for forecast in forecasts:
+        key = (forecast.step, forecast.layer_from, forecast.layer_to)
+        unused[key] = unused.get(key, np.float32(1.0)) * (1.0 - forecast.probability)
+    return [Forecast(*key, probability=1.0 - chance) for key, chance in unused.items()]

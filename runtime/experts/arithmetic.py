@@ -1,0 +1,131 @@
+"""What an expert computes, on the views of the slot its weights lie in.
+
+The kernels serve the layouts and activations that they know; every other family goes through its
+own module's activation on plain matrix products, so that an unusual one is right first. Knows
+slots, never experts, and moves no weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+
+from ...kernels import quantization
+from ...kernels.expert_mlp import expert_outputs
+from ...kernels.weights import ExpertWeights
+from .slots import SlotArena
+
+_PLAIN_FORMATS = frozenset({"fp32", "bf16", "fp16"})
+
+
+class ExpertArithmetic(Protocol):
+    """Computes chosen rows by chosen slots.
+
+    A row's bits depend on its input, its expert and how many rows that expert has in the step;
+    never on slots, on waves, or on which experts share a call.
+    """
+
+    def outputs(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        *,
+        slots: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        top_k: int,
+        out: torch.Tensor,
+    ) -> None:
+        """Write `out[rows[i]]` for the expert in `slots[i]`: unweighted outputs, [T * K, H].
+
+        hidden_states [T, H]; `rows[i]` holds flat positions t * top_k + k. On the CPU it blocks
+        until they are written.
+        """
+        ...
+
+
+class KernelArithmetic:
+    """The gathered kernels: one call for all experts of a wave."""
+
+    def __init__(self, weights: ExpertWeights, *, impl: str) -> None:
+        self._weights = weights
+        self._impl = impl
+
+    def outputs(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        *,
+        slots: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        top_k: int,
+        out: torch.Tensor,
+    ) -> None:
+        """As `ExpertArithmetic.outputs`; `module` is not asked."""
+        positions = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
+        counts = torch.tensor([len(one) for one in rows])
+        slot_ids = torch.tensor(slots).repeat_interleave(counts)
+        expert_outputs(
+            hidden_states,
+            (positions // top_k, slot_ids),
+            self._weights,
+            out=out,
+            out_rows=positions,
+            impl=self._impl,
+        )
+
+
+class ModuleArithmetic:
+    """Plain products on slot views around the activation of the family's own experts module.
+
+    `is_transposed` says that blocks hold projections as [in, out], as some checkpoints do.
+    """
+
+    def __init__(self, arena: SlotArena, *, fmt: str, is_transposed: bool) -> None:
+        self._arena = arena
+        self._format = fmt
+        self._is_transposed = is_transposed
+
+    def outputs(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        *,
+        slots: Sequence[int],
+        rows: Sequence[torch.Tensor],
+        top_k: int,
+        out: torch.Tensor,
+    ) -> None:
+        """As `ExpertArithmetic.outputs`; `module` is the experts module, its weights on meta."""
+        for slot, positions in zip(slots, rows, strict=True):
+            states = hidden_states[positions // top_k]  # [n, H]
+            out[positions] = self._expert(module, slot, states).to(out.dtype)
+
+    def _expert(self, module: Any, slot: int, states: torch.Tensor) -> torch.Tensor:
+        if module.has_gate:
+            projected = self._linear(module, slot, states, name="gate_up_proj")  # [n, 2I]
+            activated = module._apply_gate(projected)  # [n, I]
+        else:
+            activated = module.act_fn(self._linear(module, slot, states, name="up_proj"))
+        return self._linear(module, slot, activated, name="down_proj")  # [n, H]
+
+    def _linear(self, module: Any, slot: int, states: torch.Tensor, *, name: str) -> torch.Tensor:
+        weight = self._weight(module, slot, name, dtype=states.dtype)  # [out, in]
+        bias_name = f"{name}_bias"
+        bias = None
+        if bias_name in self._arena.views:
+            bias = self._arena.view(slot, bias_name).to(states.dtype)
+        return functional.linear(states, weight, bias)
+
+    def _weight(self, module: Any, slot: int, name: str, *, dtype: torch.dtype) -> torch.Tensor:
+        if self._format in _PLAIN_FORMATS:
+            weight = self._arena.view(slot, name).to(dtype)
+            return weight.T if self._is_transposed else weight
+        shape = getattr(module, name).shape[1:]
+        parts = {
+            part.partition(".")[2] or "weight": self._arena.view(slot, part)
+            for part in self._arena.views
+            if part.partition(".")[0] == name
+        }
+        out_in = (shape[1], shape[0]) if module.is_transposed else (shape[0], shape[1])
+        return quantization.dequantize(parts, self._format, dtype=dtype, shape=out_in)

@@ -1,0 +1,86 @@
+"""Runs one scheduled batch through the model: the only place where a pass's tensors are made."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from .executor import ExpertExecutor, Observer
+from .models import adapter
+from .models.attention import RaggedAttention, Span
+from .models.loading import LoadedModel
+from .scheduler import ScheduledBatch
+from .sequence import Sequence
+from .stats import ExpertTraffic
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """A pass's result: logits [sequences that sample, vocabulary] in fp32, and what it took."""
+
+    sampled: tuple[Sequence, ...]
+    logits: torch.Tensor
+    wall_s: float
+    stall_s: float
+    traffic: ExpertTraffic
+
+
+class ModelRunner:
+    """The model with our attention and experts in place. Blocks for the length of a pass."""
+
+    def __init__(self, loaded: LoadedModel, executor: ExpertExecutor) -> None:
+        self._model = loaded.model
+        self._device = loaded.device
+        self._executor = executor
+        self._attention = RaggedAttention(loaded.model)
+        self._num_passes = 0
+        adapter.install(loaded.model, loaded.layers, executor.forward)
+
+    @torch.inference_mode()
+    def run(self, batch: ScheduledBatch[Sequence]) -> StepOutput:
+        """One forward pass. Raises TransferError if an expert cannot be read."""
+        began = time.perf_counter()
+        self._begin(batch)
+        token_ids = [
+            token_id
+            for span in batch.spans
+            for token_id in span.sequence.pending_token_ids(span.num_tokens)
+        ]
+        positions = [
+            span.sequence.num_computed + offset
+            for span in batch.spans
+            for offset in range(span.num_tokens)
+        ]
+        last_rows = [span.end - 1 for span in batch.spans if span.is_last]
+        spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
+        with self._attention.over(spans):
+            output = self._model(
+                input_ids=torch.tensor([token_ids], device=self._device),
+                position_ids=torch.tensor([positions], device=self._device),
+                use_cache=False,
+                logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
+            )
+        for span in batch.spans:
+            span.sequence.num_computed += span.num_tokens
+        traffic, stall_s = self._executor.end_step()
+        return StepOutput(
+            sampled=tuple(span.sequence for span in batch.spans if span.is_last),
+            logits=output.logits[0].float(),
+            wall_s=time.perf_counter() - began,
+            stall_s=stall_s,
+            traffic=traffic,
+        )
+
+    def _begin(self, batch: ScheduledBatch[Sequence]) -> None:
+        observers: list[Observer] = []
+        for span in batch.spans:
+            sequence = span.sequence
+            if not sequence.is_prefill:
+                sequence.step += 1
+            if sequence.predictor is not None:
+                token_id = None if sequence.is_prefill else sequence.token_ids[-1]
+                observers.append(
+                    Observer(sequence.predictor, span.start, span.end, sequence.step, token_id)
+                )
+        self._executor.begin_step(self._num_passes, observers)
+        self._num_passes += 1

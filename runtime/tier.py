@@ -1,0 +1,211 @@
+"""Puts the expert tier of an engine together: source, slots, cache, transfers, prefetcher.
+
+The one place that knows which implementation serves which configuration.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..kernels.expert_mlp import supports
+from ..kernels.weights import ExpertWeights
+from ..predictors.base import Predictor, predictor_class
+from . import memory
+from .config import EngineConfig
+from .errors import UsageError
+from .executor import ExpertExecutor
+from .experts.arithmetic import ExpertArithmetic, KernelArithmetic, ModuleArithmetic
+from .experts.cache import ExpertCache
+from .experts.eviction import make_eviction
+from .experts.identity import SourceIdentity
+from .experts.layout import ExpertSource
+from .experts.prefetcher import Prefetcher
+from .experts.slots import SlotArena
+from .experts.store_cache import store_for
+from .experts.transfer import ThreadTransfer
+from .models import adapter
+from .models.loading import LoadedModel
+from .sizes import format_bytes, resolve
+
+logger = logging.getLogger(__name__)
+
+# Activations, logits and allocator slack on top of dense weights and KV cache.
+RESERVE_BYTES = 512 << 20
+# Context that `auto` leaves room for in the KV cache.
+RESERVED_TOKENS = 4096
+PackProgress = Callable[[int, int], None]
+
+
+@dataclass(slots=True)
+class ExpertTier:
+    """The experts of one engine and everything that moves and holds them."""
+
+    source: ExpertSource
+    arena: SlotArena
+    transfers: ThreadTransfer
+    executor: ExpertExecutor
+    make_predictor: Callable[[], Predictor | None]
+    num_slots: int
+    prefetch: str
+
+    def close(self) -> None:
+        """Stop the copy threads and give the memory back. Blocks until reads under way end."""
+        self.executor.prefetcher.close()
+        self.transfers.close()
+        self.arena.close()
+
+
+def expert_source(
+    loaded: LoadedModel,
+    fmt: str,
+    *,
+    store: Path | None = None,
+    progress: PackProgress | None = None,
+    on_wait: Callable[[Path], None] | None = None,
+) -> ExpertSource:
+    """The experts in `fmt` ("auto": as the checkpoint): in place where possible, else packed.
+
+    Packing happens once and blocks for as long as reading all experts takes; see `store_for`.
+    """
+    obstacle = loaded.in_place_obstacle()
+    if store is None and obstacle is None:
+        in_place = loaded.experts_in_place()
+        if fmt in ("auto", in_place.format):
+            return in_place
+    if fmt == "auto":
+        fmt = _plain_format(loaded.dtype)
+        logger.info("experts are packed as %s: %s", fmt, obstacle)
+    files = sorted({record.file for record in loaded.checkpoint.tensors.values()})
+    return store_for(
+        SourceIdentity.of(loaded.folder, files),
+        fmt,
+        shape=loaded.shape,
+        layers=loaded.layer_tensors,
+        fingerprint=lambda: loaded.shape.fingerprint,
+        is_transposed=loaded.layers[0].experts.is_transposed,
+        at=store,
+        progress=progress,
+        on_wait=on_wait,
+    )
+
+
+def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSource) -> ExpertTier:
+    """Slots within the budget, and what fills them.
+
+    Raises InsufficientMemoryError or UsageError for a budget that cannot be kept.
+    """
+    num_slots = _num_slots(loaded, config, source)
+    if config.verify_on_load and all(
+        source.checksum(key) is None for key in _first_keys()
+    ):
+        raise UsageError(
+            "verify_on_load: the checkpoint's own files carry no checksums; pack the experts "
+            f"(outrider pack ... --format {source.format} --out DIR) and run from there"
+        )
+    arena = SlotArena(num_slots, source.views, source.nbytes, device=loaded.device)
+    transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)
+    cache = ExpertCache(
+        num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
+    )
+    make_predictor = _predictor_factory(loaded, config)
+    prefetch = config.prefetch if make_predictor is not _no_predictor else "off"
+    executor = ExpertExecutor(
+        shape=source.shape,
+        cache=cache,
+        transfers=transfers,
+        prefetcher=Prefetcher(
+            cache, transfers, shape=source.shape, nbytes=source.nbytes, mode=prefetch
+        ),
+        arithmetic=_arithmetic(loaded, source, arena),
+        block_bytes=source.nbytes,
+    )
+    return ExpertTier(source, arena, transfers, executor, make_predictor, num_slots, prefetch)
+
+
+def _first_keys() -> list[Any]:
+    from ..collect.schema import ExpertKey
+
+    return [ExpertKey(0, 0)]
+
+
+def _num_slots(loaded: LoadedModel, config: EngineConfig, source: ExpertSource) -> int:
+    free, total = memory.device_bytes(loaded.device.type, loaded.device.index)
+    tokens = min(RESERVED_TOKENS, adapter.context_length(loaded.config) or RESERVED_TOKENS)
+    kept = adapter.kv_bytes_per_token(loaded.config, loaded.dtype) * tokens + RESERVE_BYTES
+    available = max(0, free - kept)
+    is_cpu = loaded.device.type == "cpu"
+    num_slots = resolve(
+        config.expert_budget,
+        slot_bytes=source.nbytes,
+        num_experts_total=source.shape.num_routed_experts,
+        available_bytes=available,
+        auto_bytes=min(available, free // 2) if is_cpu else available,
+        total_bytes=total,
+    )
+    logger.info(
+        "expert memory %s: %d of %d experts in %s",
+        config.expert_memory,
+        num_slots,
+        source.shape.num_routed_experts,
+        format_bytes(num_slots * source.nbytes),
+    )
+    return num_slots
+
+
+def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> ExpertArithmetic:
+    experts = loaded.layers[0].experts
+    # A packed store holds every projection as [out, in]; a checkpoint as its family has it.
+    is_packed = getattr(source, "index", None) is not None
+    is_transposed = experts.is_transposed and not is_packed
+    impl = "cpu" if loaded.device.type == "cpu" else "triton"
+    activation = adapter.activation(loaded.layers[0])
+    if activation is not None and supports(
+        source.format,
+        loaded.dtype,
+        activation=activation,
+        impl=impl,
+        is_transposed=is_transposed,
+        is_concatenated=experts.is_concatenated,
+        has_gate=experts.has_gate,
+    ):
+        weights = ExpertWeights(
+            {name: arena.stacked(name) for name in source.views},
+            source.shape.hidden_size,
+            fmt=source.format,
+            activation=activation,
+            is_transposed=is_transposed,
+            is_concatenated=experts.is_concatenated,
+        )
+        return KernelArithmetic(weights, impl=impl)
+    return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
+
+
+def _no_predictor() -> Predictor | None:
+    return None
+
+
+def _predictor_factory(
+    loaded: LoadedModel, config: EngineConfig
+) -> Callable[[], Predictor | None]:
+    name = "lookahead" if config.predictor == "auto" else str(config.predictor)
+    if config.prefetch == "off" or name == "none":
+        return _no_predictor
+    shape = loaded.shape
+    if name != "lookahead":
+        kind = predictor_class(name)
+        return lambda: kind(shape)
+    gates = [adapter.router_gate(layer) for layer in loaded.layers]
+    if any(gate is None for gate in gates):
+        logger.info("no look-ahead: this family's routers are not plain gates")
+        return _no_predictor
+    lookahead = predictor_class("lookahead")
+    scoring = adapter.router_scoring(loaded.layers[0])
+    return lambda: lookahead(shape, gates, scoring=scoring, tokens="all")
+
+
+def _plain_format(dtype: torch.dtype) -> str:
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
