@@ -105,7 +105,8 @@ def sample(folder: Path) -> Iterator[Document]:
     paths = sorted(folder.glob("*.jsonl.xz"))
     if not paths:
         raise FileNotFoundError(
-            f"no text sample (DOMAIN.jsonl.xz) in {str(folder)!r}; write it with: python -m recipes.nano sample"
+            f"no text sample (DOMAIN.jsonl.xz) in {str(folder)!r}; write it with: "
+            "python -m recipes.nano sample"
         )
     for path in paths:
         with lzma.open(path, "rt", encoding="utf-8") as file:
@@ -134,8 +135,8 @@ def _member(root: Path, inner: str) -> Path:
     path = root / inner
     if not path.exists():
         raise FileNotFoundError(
-            f"offline corpus {inner!r} is not under {str(root)!r}; unpack the packages named in the corpus "
-            "documentation there first (python -m recipes.nano corpus)"
+            f"offline corpus {inner!r} is not under {str(root)!r}; unpack the packages named "
+            "in the corpus documentation there first (python -m recipes.nano corpus)"
         )
     return path
 

@@ -1,7 +1,7 @@
 """The split of the project: which documents may be trained on, tuned on, reported on.
 
-Owns one rule, by a document's text alone, so that the built-in model, traces, predictors and perplexity agree
-without sharing a list. Knows nothing of where documents come from.
+Owns one rule, by a document's text alone, so that the built-in model, traces, predictors and
+perplexity agree without sharing a list. Knows nothing of where documents come from.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ def document_hash(text: str) -> int:
 
 
 def split_of(text: str) -> Split:
-    """The split a whole document belongs to: hash mod 100 in 0-89 train, 90-94 validation, 95-99 test."""
+    """The split a whole document belongs to: hash mod 100 in 0-89 train, 90-94 validation, 95-99
+    test.
+    """
     bucket = document_hash(text) % 100
     if bucket < TRAIN_PERCENT:
         return "train"

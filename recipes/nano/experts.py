@@ -1,7 +1,9 @@
-"""The routed experts' arithmetic for training on a CPU, as an experts implementation named `nano_training`.
+"""The routed experts' arithmetic for training on a CPU, as an experts implementation named
+`nano_training`.
 
-Owns one autograd function over tokens sorted by expert. Autograd's own way, indexing the fused parameter once per
-expert, would allocate a gradient of the whole parameter for every expert; here each product writes its part of one.
+Owns one autograd function over tokens sorted by expert. Autograd's own way, indexing the fused
+parameter once per expert, would allocate a gradient of the whole parameter for every expert; here
+each product writes its part of one.
 """
 
 from __future__ import annotations
@@ -17,11 +19,18 @@ NAME = "nano_training"
 
 
 class SortedExperts(torch.autograd.Function):
-    """SwiGLU experts, weighted and combined. All shapes as in DeepseekExperts: T tokens, K choices, S = T*K rows."""
+    """SwiGLU experts, weighted and combined. All shapes as in DeepseekExperts: T tokens, K choices,
+    S = T*K rows.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, indices: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        indices: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
     ) -> Tensor:
         num_tokens, top_k = indices.shape
         num_experts, double, hidden_size = gate_up_proj.shape
@@ -36,18 +45,23 @@ class SortedExperts(torch.autograd.Function):
         gate_up = rows.new_empty(len(order), double)
         _per_expert(ends, lambda e, s: torch.mm(rows[s], gate_up_proj[e].T, out=gate_up[s]))
         gate, up = gate_up.chunk(2, dim=-1)
-        # The router's weight is applied before the second product: it is linear, and this side is narrower.
+        # The router's weight is applied before the second product: it is linear, and this side is
+        # narrower.
         inner = F.silu(gate).mul_(up)
         weighted = inner * row_weights
         out = rows.new_empty(len(order), hidden_size)
         _per_expert(ends, lambda e, s: torch.mm(weighted[s], down_proj[e].T, out=out[s]))
-        ctx.save_for_backward(rows, row_weights, gate_up, inner, weighted, gate_up_proj, down_proj, token, place)
+        ctx.save_for_backward(
+            rows, row_weights, gate_up, inner, weighted, gate_up_proj, down_proj, token, place
+        )
         ctx.ends, ctx.top_k = ends, top_k
         return _combine(out, place.view(num_tokens, top_k))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, row_weights, gate_up, inner, weighted, gate_up_proj, down_proj, token, place = ctx.saved_tensors
+        rows, row_weights, gate_up, inner, weighted, gate_up_proj, down_proj, token, place = (
+            ctx.saved_tensors
+        )
         ends = ctx.ends
         grad_out = grads[0].index_select(0, token)
         grad_weighted = torch.empty_like(weighted)
@@ -67,7 +81,9 @@ class SortedExperts(torch.autograd.Function):
 
         grad_gate_up_proj = torch.zeros_like(gate_up_proj)
         grad_rows = torch.empty_like(rows)
-        _per_expert(ends, lambda e, s: torch.mm(grad_gate_up[s].T, rows[s], out=grad_gate_up_proj[e]))
+        _per_expert(
+            ends, lambda e, s: torch.mm(grad_gate_up[s].T, rows[s], out=grad_gate_up_proj[e])
+        )
         _per_expert(ends, lambda e, s: torch.mm(grad_gate_up[s], gate_up_proj[e], out=grad_rows[s]))
         choice = place.view(-1, ctx.top_k)
         return (
@@ -92,9 +108,13 @@ def _combine(rows: Tensor, choice: Tensor) -> Tensor:
     return F.embedding_bag(choice, rows, mode="sum")
 
 
-def experts_forward(self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+def experts_forward(
+    self: nn.Module, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
     """The registered function; [T, H] -> [T, H], differentiable in everything but the indices."""
-    return SortedExperts.apply(hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj)
+    return SortedExperts.apply(
+        hidden_states, top_k_index, top_k_weights, self.gate_up_proj, self.down_proj
+    )
 
 
 def register() -> str:

@@ -1,4 +1,5 @@
-"""From a training state to a checkpoint folder as DeepSeek-MoE publishes its own: bf16, one tensor per expert matrix.
+"""From a training state to a checkpoint folder as DeepSeek-MoE publishes its own: bf16, one tensor
+per expert matrix.
 
 Owns the folder's contents. The model card that lies in it is `card`'s.
 """
@@ -39,7 +40,9 @@ def export(state: Path, tokens: Path, out: Path) -> Path:
     `tokens` is the folder with the tokenizer. FileNotFoundError before the first state is saved.
     """
     if not state.exists():
-        raise FileNotFoundError(f"no training state at {str(state)!r}; train first (python -m recipes.nano train)")
+        raise FileNotFoundError(
+            f"no training state at {str(state)!r}; train first (python -m recipes.nano train)"
+        )
     model = DeepseekForCausalLM(CONFIG)
     with safe_open(state, "pt") as file, torch.no_grad():
         progress = Progress(**json.loads(file.metadata()["progress"]))
@@ -65,7 +68,9 @@ def export(state: Path, tokens: Path, out: Path) -> Path:
 
 
 def _publish_config(path: Path) -> None:
-    """Spells the rotary embedding as published configurations do; transformers reads both, other programs this."""
+    """Spells the rotary embedding as published configurations do; transformers reads both, other
+    programs this.
+    """
     config = json.loads(path.read_text(encoding="utf-8"))
     rope = config.pop("rope_parameters")
     config |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}

@@ -1,4 +1,5 @@
-"""The training losses: next-token cross-entropy that never holds all logits, and the balance of the experts.
+"""The training losses: next-token cross-entropy that never holds all logits, and the balance of the
+experts.
 
 Know shapes only, no model.
 """
@@ -14,7 +15,9 @@ CHUNK_ROWS = 512  # logits of a chunk (512 x 4096 floats, 8 MB) stay in a CPU's 
 
 
 class HeadCrossEntropy(torch.autograd.Function):
-    """Mean cross-entropy of `hidden @ head.T`; both gradients are made in the forward pass, chunk by chunk."""
+    """Mean cross-entropy of `hidden @ head.T`; both gradients are made in the forward pass, chunk
+    by chunk.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
@@ -51,7 +54,8 @@ def head_cross_entropy(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
 def expert_balance(router_logits: Tensor, counts: Tensor) -> Tensor:
     """Load balancing as in Switch Transformer (Fedus et al., 2021, equations 4-6), for one layer.
 
-    router_logits [T, E], counts [E] of the choices made -> a scalar, 1 where all experts share alike.
+    router_logits [T, E], counts [E] of the choices made -> a scalar, 1 where all experts share
+    alike.
     """
     share = counts / counts.sum()
     return len(counts) * (share * router_logits.softmax(-1).mean(0)).sum()

