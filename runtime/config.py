@@ -16,7 +16,6 @@ from .limits import Limit, check_bool, check_integer, refusal
 from .provenance import DEFAULT, Provenance, gather
 from .sizes import ExpertBudget, parse_budget
 
-PREDICTORS = ("random", "frequent", "lookahead")
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4", "nf4")
 
 # What an option of a closed set accepts. "auto" for format and dtype is the checkpoint's own.
@@ -155,12 +154,13 @@ def _check_choice(name: str, value: object, accepted: Collection[str]) -> None:
 
 
 def _check_predictor(value: object) -> None:
-    if isinstance(value, Path) and value.is_dir():
-        return
-    accepted = ("auto", "none", *(name for name in PREDICTORS if name != "oracle"))
-    if isinstance(value, str) and value not in accepted and Path(value).is_dir():
-        return
-    _check_choice("predictor", value, (*accepted, "or a folder made by outrider train"))
+    # Here, since it brings numpy, which a command that only prints its help does without.
+    from ..predictors.base import NAMES
+
+    names = ("auto", "none", *(name for name in NAMES if name != _REPLAY_ONLY["predictor"]))
+    is_folder = isinstance(value, (str, Path)) and value != "" and Path(value).is_dir()
+    if value not in names and not is_folder:
+        _check_choice("predictor", value, (*names, "or a folder made by outrider train"))
 
 
 def _check_device(device: object) -> None:

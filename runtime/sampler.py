@@ -165,7 +165,8 @@ class Sampler:
 
 def _with_logprobs(token_id: int, raw: Tensor, num_top: int) -> SampledToken:
     logprobs = raw.log_softmax(0)
-    top = largest(logprobs, min(num_top, len(raw))).tolist()
+    # By logit: normalising can round two different ones to the same log probability.
+    top = largest(raw, min(num_top, len(raw))).tolist()
     pairs = ((top_id, float(logprobs[top_id])) for top_id in top)
     return SampledToken(
         token_id,
