@@ -131,8 +131,9 @@ def find_routers(model: nn.Module) -> RouterSet:
             handle.remove()
     if not watch.calls:
         raise NoRoutersError(
-            f"{type(model).__name__} has no routers that return (logits, weights, ids): it is a "
-            "dense model, or of a family that routes in a way not supported; traces need routed experts"
+            f"{type(model).__name__} has no routers that return (logits, weights, ids): "
+            "it is a dense model, or of a family that routes in a way not supported; traces need "
+            "routed experts"
         )
     return _router_set(model, watch.calls)
 

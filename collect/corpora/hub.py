@@ -75,16 +75,14 @@ def _load(name: str, dataset: HubDataset) -> Any:
         if folder:
             local = Path(folder) / dataset.repository
             if not local.is_dir():
-                raise FileNotFoundError(
-                    f"{str(local)!r} (from {LOCAL_HUB_VARIABLE}) is not a folder"
-                )
+                raise FileNotFoundError(f"{str(local)!r} ({LOCAL_HUB_VARIABLE}) is no folder")
             return datasets.load_dataset(str(local), split=dataset.split)
         return datasets.load_dataset(dataset.repository, dataset.configuration, split=dataset.split)
-    except (
-        Exception
-    ) as error:  # the library passes on errors of five others; each means "not to be had"
+    # The library passes on the errors of five others; each means that the text is not to be had.
+    except Exception as error:
         raise HubError(
-            f"data set {name!r} ({dataset.repository}) cannot be had: {_reason(error)}; {_OFFLINE_WAY}"
+            f"data set {name!r} ({dataset.repository}) cannot be had: {_reason(error)}; "
+            f"{_OFFLINE_WAY}"
         ) from error
 
 

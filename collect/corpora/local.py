@@ -62,7 +62,8 @@ def _json_lines(path: Path, column: str | None) -> Iterator[str]:
             continue
         if not isinstance(row, dict):
             raise CorpusError(
-                f"{str(path)!r} line {number} is a {type(row).__name__}; expected an object or a string"
+                f"{str(path)!r} line {number} is a {type(row).__name__}; expected an object or a "
+                "string"
             )
         texts = [key for key, value in row.items() if isinstance(value, str)]
         yield row[_column(path, list(row), texts, column=column)]

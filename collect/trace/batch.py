@@ -49,7 +49,7 @@ class TraceBatch:
     split: np.ndarray
     sample_id: np.ndarray
     position: np.ndarray
-    document_position: np.ndarray
+    document_offset: np.ndarray
     token_id: np.ndarray
     topk_ids: np.ndarray
     topk_weights: np.ndarray | None
@@ -123,4 +123,4 @@ def sample_offsets(sample_id: np.ndarray) -> np.ndarray:
     return np.append(starts, len(sample_id))
 
 
-NUMBERS = ("document_id", "sample_id", "position", "document_position", "token_id")
+NUMBERS = ("document_id", "sample_id", "position", "document_offset", "token_id")

@@ -1,7 +1,8 @@
 """The columns of a trace shard: names, types and how arrays become an Arrow table. Knows no files.
 
 One row a token. Lists have a fixed length: `topk_ids` and `topk_weights` are [L, k] flattened,
-`router_log_probs` is [L, E] flattened, with L the Mixture-of-Experts layers in order.
+`router_log_probs` is [L, E] flattened, `document_offset` the character at which the sample begins;
+L the Mixture-of-Experts layers in order.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def shard_schema(shape: ModelShape, probabilities: Probabilities) -> pa.Schema:
         pa.field("sample_id", pa.uint32(), nullable=False),
         pa.field("dataset_name", pa.string(), nullable=False),
         pa.field("position", pa.uint16(), nullable=False),
-        pa.field("document_position", pa.uint32(), nullable=False),
+        pa.field("document_offset", pa.uint32(), nullable=False),
         pa.field("token_id", pa.uint32(), nullable=False),
         pa.field("topk_ids", _fixed_list(ids_dtype(shape.num_experts), cells), nullable=False),
         pa.field("topk_weights", _fixed_list(np.dtype(np.float16), cells), nullable=False),

@@ -94,7 +94,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 # May differ between the run that began a folder and the one that goes on: none changes a recorded
 # row once batch size, threads and dtype are taken from the manifest.
 _FREE_TO_DIFFER = frozenset(
-    {"software", "created", "complete", "shards", "model", "batch_size", "threads"}
+    {
+        "software",
+        "created",
+        "complete",
+        "shards",
+        "model",
+        "batch_size",
+        "samples_per_shard",
+        "threads",
+    }
 )
 
 
