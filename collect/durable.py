@@ -31,7 +31,12 @@ def durable_write(path: Path) -> Iterator[IO[bytes]]:
     )
     try:
         with os.fdopen(descriptor, "wb") as file:
-            yield file
+            try:
+                yield file
+            except BaseException:
+                # The file is thrown away; flushing it to a full disk would hide the first error.
+                file.raw.close()
+                raise
             file.flush()
             os.fsync(file.fileno())
         # mkstemp makes 0600 files; shared caches need what the umask would have given.

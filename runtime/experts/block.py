@@ -118,7 +118,7 @@ def fill_block(
             raise InvalidDataError(f"{name} of {_words(key)}: {error}") from error
         for part, data in parts.items():
             _view(block, views[part_name(name, part)]).copy_(data)
-    return memoryview(block.numpy())
+    return block.numpy().data
 
 
 def _view(block: Tensor, view: TensorView) -> Tensor:

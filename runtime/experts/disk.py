@@ -21,20 +21,20 @@ _WRITABLE_ADVICE = "name a writable folder with --out (a pack) or OUTRIDER_CACHE
 
 
 @contextmanager
-def explained(path: Path, *, needed_bytes: int) -> Iterator[None]:
+def explained(path: Path, *, needed_bytes: int = 0) -> Iterator[None]:
     """Turn an OSError of writing `path` into an OutriderError that says what to do.
 
-    `needed_bytes` is what remains to be written, for the message of a full disk or quota.
+    `needed_bytes` is what remains to be written, if known, for the message of a full disk or quota.
     """
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error)
         if error.errno in _FULL:
+            needed = f"{needed_bytes} more bytes are needed, " if needed_bytes else ""
             message = (
-                f"{reason} while writing {path}: {needed_bytes} more bytes are needed, "
-                f"{free_bytes(path.parent)} are free; what is finished is kept, so make room and "
-                "run the command again"
+                f"{reason} while writing {path}: {needed}{free_bytes(path.parent)} bytes are free; "
+                "what is finished is kept, so make room and run the command again"
             )
         elif error.errno in _UNWRITABLE:
             message = f"cannot write {path}: {reason}; {_WRITABLE_ADVICE}"
@@ -68,7 +68,7 @@ def folder_lock(folder: Path, *, on_wait: Callable[[Path], None] | None = None) 
     of a process that dies. Raises OutriderError where the folder cannot be written.
     """
     path = folder / LOCK_NAME
-    with explained(path, needed_bytes=0):
+    with explained(path):
         if not folder.is_dir():
             folder.mkdir(parents=True, exist_ok=True)
             fsync_directory(folder.parent)

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -102,6 +103,7 @@ def pack_store(
         )
         if not packing.is_finished:
             packing.run(layers, is_transposed=is_transposed)
+        packing.tidy()
         return ExpertStore(out)
 
 
@@ -144,7 +146,7 @@ class _Packing:
         self.max_shard_bytes = max_shard_bytes
         self.progress = progress
         self.plan: dict[str, list[ExpertKey]] = {}
-        with explained(out, needed_bytes=0):
+        with explained(out):
             self.index = self._resumable(overwrite=overwrite)
         self.is_finished = self._is_sealed()
 
@@ -157,8 +159,12 @@ class _Packing:
         assert self.index is not None
         with explained(self.out / INDEX_NAME, needed_bytes=_INDEX_ALLOWANCE_BYTES):
             write_index(self.out / INDEX_NAME, self.index)
+
+    def tidy(self) -> None:
+        """Remove what a finished store does not need: the partial index, a killed run's files."""
+        with explained(self.out):
+            remove_leftovers(self.out)
             (self.out / PARTIAL_INDEX_NAME).unlink(missing_ok=True)
-            fsync_directory(self.out)
 
     def _resumable(self, *, overwrite: bool) -> StoreIndex | None:
         """What is there already of the wanted store, with the shards that are sound."""
@@ -293,7 +299,8 @@ class _Packing:
                     f"the model changed while it was packed: {', '.join(changed)} in "
                     f"{self.wanted.source.folder} is not what it was at the start; pack it again"
                 )
-            self.index = msgspec.structs.replace(self.index, shards=(*self.index.shards, shard))
+            shards = sorted((*self.index.shards, shard), key=lambda shard: shard.file)
+            self.index = msgspec.structs.replace(self.index, shards=tuple(shards))
             partial = self.out / PARTIAL_INDEX_NAME
             with explained(partial, needed_bytes=self._needed_bytes()):
                 write_index(partial, self.index)
@@ -333,6 +340,7 @@ def _making(index: StoreIndex) -> tuple[object, ...]:
     return index.schema, index.format, index.shape, index.source.fingerprint
 
 
+@cache
 def _software() -> dict[str, str]:
     versions = {"python": platform.python_version()}
     for package in ("outrider", "torch"):
