@@ -1,7 +1,6 @@
 """What every transfer engine owes its callers; a new backend is one more entry in ENGINES."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
