@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from ..collect.schema import ExpertKey
 from ..kernels.expert_mlp import supports
 from ..kernels.weights import ExpertWeights
 from ..predictors.base import Predictor, predictor_class
@@ -50,7 +50,7 @@ class ExpertTier:
     executor: ExpertExecutor
     make_predictor: Callable[[], Predictor | None]
     num_slots: int
-    prefetch: str
+    predictor_name: str
 
     def close(self) -> None:
         """Stop the copy threads and give the memory back. Blocks until reads under way end."""
@@ -79,13 +79,12 @@ def expert_source(
     if fmt == "auto":
         fmt = _plain_format(loaded.dtype)
         logger.info("experts are packed as %s: %s", fmt, obstacle)
-    files = sorted({record.file for record in loaded.checkpoint.tensors.values()})
     return store_for(
-        SourceIdentity.of(loaded.folder, files),
+        SourceIdentity.of(loaded.folder, loaded.checkpoint.files),
         fmt,
         shape=loaded.shape,
         layers=loaded.layer_tensors,
-        fingerprint=lambda: loaded.shape.fingerprint,
+        fingerprint=loaded.weights_fingerprint,
         is_transposed=loaded.layers[0].experts.is_transposed,
         at=store,
         progress=progress,
@@ -99,9 +98,7 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
     Raises InsufficientMemoryError or UsageError for a budget that cannot be kept.
     """
     num_slots = _num_slots(loaded, config, source)
-    if config.verify_on_load and all(
-        source.checksum(key) is None for key in _first_keys()
-    ):
+    if config.verify_on_load and source.checksum(ExpertKey(0, 0)) is None:
         raise UsageError(
             "verify_on_load: the checkpoint's own files carry no checksums; pack the experts "
             f"(outrider pack ... --format {source.format} --out DIR) and run from there"
@@ -111,8 +108,8 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
     cache = ExpertCache(
         num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
     )
-    make_predictor = _predictor_factory(loaded, config)
-    prefetch = config.prefetch if make_predictor is not _no_predictor else "off"
+    predictor_name, make_predictor = _predictor_factory(loaded, config)
+    prefetch = config.prefetch if predictor_name != "none" else "off"
     executor = ExpertExecutor(
         shape=source.shape,
         cache=cache,
@@ -123,13 +120,7 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         arithmetic=_arithmetic(loaded, source, arena),
         block_bytes=source.nbytes,
     )
-    return ExpertTier(source, arena, transfers, executor, make_predictor, num_slots, prefetch)
-
-
-def _first_keys() -> list[Any]:
-    from ..collect.schema import ExpertKey
-
-    return [ExpertKey(0, 0)]
+    return ExpertTier(source, arena, transfers, executor, make_predictor, num_slots, predictor_name)
 
 
 def _num_slots(loaded: LoadedModel, config: EngineConfig, source: ExpertSource) -> int:
@@ -184,27 +175,23 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
     return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
 
 
-def _no_predictor() -> Predictor | None:
-    return None
-
-
 def _predictor_factory(
     loaded: LoadedModel, config: EngineConfig
-) -> Callable[[], Predictor | None]:
+) -> tuple[str, Callable[[], Predictor | None]]:
     name = "lookahead" if config.predictor == "auto" else str(config.predictor)
     if config.prefetch == "off" or name == "none":
-        return _no_predictor
+        return "none", lambda: None
     shape = loaded.shape
     if name != "lookahead":
         kind = predictor_class(name)
-        return lambda: kind(shape)
+        return name, lambda: kind(shape)
     gates = [adapter.router_gate(layer) for layer in loaded.layers]
     if any(gate is None for gate in gates):
-        logger.info("no look-ahead: this family's routers are not plain gates")
-        return _no_predictor
+        logger.warning("no look-ahead: the routers of this family are not plain gates")
+        return "none", lambda: None
     lookahead = predictor_class("lookahead")
     scoring = adapter.router_scoring(loaded.layers[0])
-    return lambda: lookahead(shape, gates, scoring=scoring, tokens="all")
+    return name, lambda: lookahead(shape, gates, scoring=scoring, tokens="all")
 
 
 def _plain_format(dtype: torch.dtype) -> str:

@@ -55,15 +55,6 @@ class TensorRecord:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class FileStamp:
-    """What tells that a source file was replaced: its size in bytes and modification time in ns."""
-
-    name: str
-    size: int
-    mtime_ns: int
-
-
 class Checkpoint:
     """The tensors of a local model folder. Opening reads the headers only; blocks on the disk.
 
@@ -97,13 +88,10 @@ class Checkpoint:
         """config.json as a dictionary."""
         return json.loads((self.folder / "config.json").read_bytes())
 
-    def stamps(self) -> tuple[FileStamp, ...]:
-        """Size and modification time of every shard, in the order of their names."""
-        return tuple(
-            FileStamp(shard.name, status.st_size, status.st_mtime_ns)
-            for shard in sorted(self._shards)
-            for status in (shard.stat(),)
-        )
+    @property
+    def files(self) -> list[Path]:
+        """The shards, by name."""
+        return sorted(self._shards)
 
     def read(self, name: str) -> torch.Tensor:
         """Read one tensor into fresh memory, in the checkpoint's dtype. Blocks on the disk.

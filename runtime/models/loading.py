@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ...collect.schema import ExpertKey, ModelShape
+from ...collect.schema import ModelShape
 from ..errors import InvalidDataError
 from . import adapter
 from .adapter import Conversion, MoeLayer
@@ -43,6 +43,7 @@ class LoadedModel:
     dense_bytes: int
     end_token_ids: frozenset[int]
     plan: Mapping[str, Conversion]
+    checksums: Mapping[str, int]
     unused_tensors: tuple[str, ...]
 
     def experts_in_place(self) -> CheckpointExperts:
@@ -65,9 +66,19 @@ class LoadedModel:
             tensors[name] = converted[target]
         return tensors
 
-    def expert_name(self, key: ExpertKey) -> str:
-        """The module path of an expert, for messages."""
-        return f"{self.layers[key.layer_idx].name}.{key.expert_idx}"
+    def weights_fingerprint(self, progress: Progress | None = None) -> str:
+        """Identity of every byte of the weights: a store is packed from these and no others.
+
+        Reads the experts once, so it blocks for as long as that takes. `shape.fingerprint` covers
+        the dense weights alone, which decide the routing and are read at load anyway.
+        """
+        names = [name for name in self.checkpoint.tensors if name not in self.checksums]
+        checksums = dict(self.checksums)
+        for done, name in enumerate(names):
+            checksums[name] = checksum(self.checkpoint.read(name))
+            if progress is not None:
+                progress(done + 1, len(names))
+        return fingerprint(self.checkpoint.config, checksums)
 
 
 def resolve_folder(model: str | None, *, revision: str | None = None) -> Path:
@@ -146,6 +157,7 @@ def load_model(
             config, json.loads(generation.read_bytes()) if generation.is_file() else {}
         ),
         plan=plan,
+        checksums=checksums,
         unused_tensors=tuple(name for name in unexpected if not _IGNORED_NAMES.search(name)),
     )
 
