@@ -111,7 +111,7 @@ class _Hidden:
 def _open(directory: Path, manifest: Manifest, shard: ShardEntry) -> pq.ParquetFile:
     path = directory / shard.file
     try:
-        file = pq.ParquetFile(path, page_checksum_verification=True, read_dictionary=["split"])
+        file = pq.ParquetFile(path, page_checksum_verification=True)
     except FileNotFoundError:
         raise damaged(path, "it is not there") from None
     except (OSError, pa.ArrowException) as error:
@@ -137,7 +137,7 @@ def _problem(file: pq.ParquetFile, manifest: Manifest, shard: ShardEntry) -> str
         if index < 0:
             return f"column {name!r} is missing"
         found, wanted = file.schema_arrow.field(index).type, expected.field(name).type
-        if name != "split" and found != wanted:
+        if found != wanted:
             return f"column {name!r} is {found}, expected {wanted}"
     if file.metadata.num_rows != shard.num_tokens:
         return f"it has {file.metadata.num_rows} rows, the manifest says {shard.num_tokens}"
@@ -180,7 +180,7 @@ def _batch(
 
 
 def _splits(column: pa.ChunkedArray, path: Path) -> np.ndarray:
-    encoded = pa.concat_arrays(column.unify_dictionaries().chunks)
+    encoded = pa.concat_arrays(column.chunks).dictionary_encode()
     names = encoded.dictionary.to_pylist()
     if not set(names) <= set(SPLITS):
         raise damaged(path, f"splits {names}, expected {', '.join(SPLITS)}")
