@@ -246,6 +246,7 @@ def write_experts(
     )
     source = SyntheticExperts(shape, views, nbytes=nbytes, format=str(dtype).removeprefix("torch."))
     generator = torch.Generator().manual_seed(seed)
+    directory.mkdir(parents=True, exist_ok=True)
     files = {name: directory / f"{name}.bin" for name in ("experts", "gate_up", "down")}
     written = {name: bytearray(b"header") for name in files}
     for layer_idx in range(shape.num_moe_layers):

@@ -113,7 +113,10 @@ class FileReader:
                 # A direct read cannot go on from the middle of a block.
                 is_direct, descriptor = False, opened.buffered
         if not is_direct:
-            os.posix_fadvise(opened.buffered, offset, num_wanted, os.POSIX_FADV_DONTNEED)
+            # Pages that are covered in part would be kept.
+            start = offset - offset % BLOCK_ALIGN
+            length = align_up(offset + num_wanted, BLOCK_ALIGN) - start
+            os.posix_fadvise(opened.buffered, start, length, os.POSIX_FADV_DONTNEED)
         return got
 
     def _open(self, path: Path) -> _OpenFile:
@@ -122,6 +125,8 @@ class FileReader:
             if opened is None:
                 buffered = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 try:
+                    # Read-ahead would fill the page cache with the neighbours of what is read.
+                    os.posix_fadvise(buffered, 0, 0, os.POSIX_FADV_RANDOM)
                     opened = _OpenFile(buffered, self._open_direct(path))
                 except OSError:
                     os.close(buffered)
