@@ -92,9 +92,9 @@ on a CPU, so that every command has a real Mixture of Experts to work on without
 download.
 {preview}
 - {millions:.1f}M parameters in bfloat16: {config.num_hidden_layers} layers of hidden size
-  {config.hidden_size}, {moe_layers} of them MoE layers with {config.n_routed_experts} routed experts
-  (top-{config.num_experts_per_tok}, weights not renormalised) and {config.n_shared_experts} shared
-  ones.
+  {config.hidden_size}, {moe_layers} of them MoE layers with {config.n_routed_experts} routed
+  experts (top-{config.num_experts_per_tok}, weights not renormalised) and
+  {config.n_shared_experts} shared ones.
 - Byte-level BPE of {config.vocab_size} entries; each digit is a token.
 - {run.tokens:,} tokens seen in {run.steps:,} steps of {batch:,};
   {run.seconds / 60:.0f} minutes on 2 CPU cores in float32 at the lowest priority beside other work

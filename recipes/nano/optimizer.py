@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .worker import Crew
+
 MUON_LR = 0.02
 MUON_MOMENTUM = 0.95
 ADAM_LR = 4e-3
@@ -59,15 +61,27 @@ class MuonAdamW:
             self.state[f"mean.{name}"] = torch.zeros_like(parameter)
             self.state[f"square.{name}"] = torch.zeros_like(parameter)
 
-    @torch.no_grad()
-    def step(self, number: int, multiplier: float) -> None:
+    def step(self, number: int, multiplier: float, *, crew: Crew | None = None) -> None:
         """Applies the gradients and clears them; `number` counts from 1, `multiplier` scales every
-        rate.
+        rate. A crew shares the parameters out over its threads.
         """
-        for name, parameter in self.muon.items():
-            self._muon_update(name, parameter, multiplier=multiplier)
-        for name, parameter in self.adam.items():
-            self._adam_update(name, parameter, number=number, multiplier=multiplier)
+
+        @torch.no_grad()
+        def update(name: str) -> None:
+            if name in self.muon:
+                self._muon_update(name, self.muon[name], multiplier=multiplier)
+            else:
+                self._adam_update(name, self.adam[name], number=number, multiplier=multiplier)
+
+        largest_first = sorted((*self.muon, *self.adam), key=self._size, reverse=True)
+        if crew is not None:
+            crew.each(largest_first, update)
+        else:
+            for name in largest_first:
+                update(name)
+
+    def _size(self, name: str) -> int:
+        return (self.muon.get(name) if name in self.muon else self.adam[name]).numel()
 
     def _muon_update(self, name: str, parameter: nn.Parameter, *, multiplier: float) -> None:
         if parameter.grad is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import signal
 import time
@@ -19,16 +20,16 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from outrider.runtime.models.deepseek import DeepseekConfig, DeepseekForCausalLM, DeepseekTopKRouter
+from outrider.runtime.models.deepseek import DeepseekConfig, DeepseekForCausalLM
 
 from . import experts
 from .corpus import DOMAINS
 from .data import Windows, bytes_per_token
-from .loss import expert_balance, head_cross_entropy
 from .optimizer import MuonAdamW
 from .tokenizer import CONTEXT, VOCAB_SIZE
+from .worker import Crew, PartResult, Worker
 
 CONFIG = DeepseekConfig(
     vocab_size=VOCAB_SIZE,
@@ -60,7 +61,8 @@ class Plan:
     length: int = 512
     constant_length: int = 256
     sequences: int = 12
-    microbatch: int = 6
+    microbatch: int = 3
+    workers: int = field(default_factory=lambda: min(4, os.cpu_count() or 1))
     warmup_steps: int = 40
     save_every_s: float = 300.0
     validate_every: int = 1_000_000
@@ -96,16 +98,13 @@ class Trainer:
         self.train = Windows(data, "train", length=plan.length)
         self.validation = Windows(data, "validation", length=plan.length)
         self.token_bytes = bytes_per_token(data)
-        self.counts: list[Tensor] = []
-        self.balance: list[Tensor] = []
         self._decay_now = self._stopping = False
         self._speeds: deque[tuple[float, int]] = deque(maxlen=100)
-        for module in self.model.modules():
-            if isinstance(module, DeepseekTopKRouter):
-                module.register_forward_hook(self._observe_router)
         folder.mkdir(parents=True, exist_ok=True)
         if self.state_file.exists():
             self._load()
+        torch.set_num_threads(1)
+        self.crew = Crew(Worker(self.model), plan.workers)
 
     @property
     def state_file(self) -> Path:
@@ -144,33 +143,19 @@ class Trainer:
         start, plan = time.monotonic(), self.plan
         batch = self.train.batch(self.progress.step, sequences=plan.sequences)
         parts = batch.split(plan.microbatch)
-        losses, balances = [], []
-        counts = torch.zeros(0)
         # Attention over half the window costs half; the decay phase restores the whole.
         context = plan.length if multiplier < 1 else plan.constant_length
-        for part in parts:
-            self.counts.clear()
-            self.balance.clear()
-            inputs, targets = part[:, :-1].reshape(-1, context), part[:, 1:].flatten()
-            hidden = self.model.model(inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-            loss = head_cross_entropy(hidden, self.model.lm_head.weight, targets)
-            balance = torch.stack(self.balance)
-            (loss + self.model.config.aux_loss_alpha * balance.sum()).div(len(parts)).backward()
-            losses.append(loss.item())
-            balances.append(balance.mean().item())
-            counts = torch.stack(self.counts) + (counts if len(counts) else 0)
+        results = self.crew.backward(parts, context, scale=1 / len(parts))
         progress = self.progress
         progress.step += 1
         progress.tokens += batch.shape[0] * plan.length
         warmup = min(1.0, progress.step / max(plan.warmup_steps, 1))
-        self.optimizer.step(progress.step, multiplier * warmup)
+        self.optimizer.step(progress.step, multiplier * warmup, crew=self.crew)
         elapsed = time.monotonic() - start
         progress.train_seconds += elapsed
         self._speeds.append((elapsed, batch.shape[0] * plan.length))
-        loss = sum(losses) / len(losses)
-        self._log_step(
-            batch, loss=loss, balance=sum(balances) / len(balances), counts=counts, rate=multiplier
-        )
+        loss = sum(result.loss for result in results) / len(results)
+        self._log_step(batch, results, loss=loss, rate=multiplier)
         if (
             progress.tokens // plan.validate_every
             > (progress.tokens - batch.shape[0] * plan.length) // plan.validate_every
@@ -243,23 +228,15 @@ class Trainer:
             shutil.copyfile(self.state_file, kept)
         return multiplier if multiplier > 0.004 else 0.0
 
-    def _observe_router(
-        self, _module: nn.Module, _inputs: object, output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        if torch.is_grad_enabled():
-            logits, _, indices = output
-            self.counts.append(
-                torch.bincount(indices.flatten(), minlength=logits.shape[-1]).float()
-            )
-            self.balance.append(expert_balance(logits, self.counts[-1]))
-
     def _log_step(
-        self, batch: Tensor, *, loss: float, balance: float, counts: Tensor, rate: float
+        self, batch: Tensor, results: list[PartResult], *, loss: float, rate: float
     ) -> None:
         targets = batch[:, 1:]
         bits = loss * targets.numel() / math.log(2) / max(self.token_bytes[targets].sum().item(), 1)
         seconds, tokens = (sum(column) for column in zip(*self._speeds, strict=True))
+        counts = torch.stack([result.counts for result in results]).sum(0)
         used = (counts > 0).sum(-1).min().item()
+        balance = sum(result.balance for result in results) / len(results)
         self._log(
             f"step={self.progress.step} tokens={self.progress.tokens} loss={loss:.4f} "
             f"bpb={bits:.4f} tok/s={tokens / seconds:.0f} balance={balance:.4f} "

@@ -33,6 +33,7 @@ CONFIG = DeepseekConfig(
 
 def plan(**changes: object) -> Plan:
     small = {
+        "workers": 1,
         "tokens": 3840,
         "length": 32,
         "constant_length": 16,
@@ -54,6 +55,18 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(tokens: Path, tmp_
     losses(first, 1)  # lost with the process: it was not saved
     after = losses(Trainer(tokens, tmp_path / "cut", plan(), config=CONFIG), 3)
     assert before + after == whole
+
+
+def test_workers_that_share_a_step_make_the_same_step(tokens: Path, tmp_path: Path) -> None:
+    alone = Trainer(tokens, tmp_path / "alone", plan(), config=CONFIG)
+    shared = Trainer(tokens, tmp_path / "shared", plan(workers=3), config=CONFIG)
+    assert losses(shared, 4) == pytest.approx(losses(alone, 4), rel=1e-5)
+    for mine, theirs in zip(alone.model.parameters(), shared.model.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4)
+    first, *twins = shared.crew.workers
+    for twin in twins:
+        pairs = zip(first.model.parameters(), twin.model.parameters(), strict=True)
+        assert all(mine.data_ptr() == theirs.data_ptr() for mine, theirs in pairs)
 
 
 def test_training_lowers_the_loss_and_ends_decayed(tokens: Path, tmp_path: Path) -> None:
