@@ -76,7 +76,7 @@ class SlotArena:
     def block(self, slot: int) -> memoryview:
         """Writable bytes of one slot on the CPU; valid until `close`. TypeError on a device."""
         if self._blocks is None:
-            raise TypeError(f"slots on {self.device} have no host memory to write to")
+            raise TypeError(f"slots on {self.device}, or of a closed arena, have no host memory")
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} of an arena of {self.num_slots}")
         return self._blocks[slot * self.nbytes : (slot + 1) * self.nbytes]
