@@ -1,0 +1,57 @@
+# The single door to every command. `make demo` and `make test` work on a fresh clone.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+INSTALLED := $(VENV)/.installed
+DEVELOPED := $(VENV)/.developed
+PACKAGES := collect predictors kernels runtime bench
+
+.PHONY: demo test check fix types clean help
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(INSTALLED) ## generate from the built-in model with a quarter of its experts in memory
+	$(BIN)/outrider generate --prompt "The film was" --max-tokens 64 --temperature 0.7 --seed 1 --expert-memory 25%
+
+test: $(DEVELOPED) ## all tests that need no GPU (under 12 minutes on 2 cores)
+	$(BIN)/python -m pytest -q -m "not gpu and not slow"
+
+check: $(DEVELOPED) build/types/outrider ## format, lint, types, import laws; edits nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+fix: $(DEVELOPED) ## format, and mend what the linter can
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+test-slow: $(DEVELOPED) ## soak, fuzz and long tests
+	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+test-gpu: $(DEVELOPED) ## tests that need a CUDA device
+	$(BIN)/python -m pytest -q -m gpu
+
+nano: $(DEVELOPED) ## make the built-in model again, from package downloads to weights (hours)
+	$(BIN)/python -m recipes.nano all
+
+clean: ## remove environments and build products
+	rm -rf $(VENV) .venv-floor build/lib build/bdist* *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard kernels/csrc/*) | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(DEVELOPED): $(INSTALLED)
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The type checker cannot follow an editable install; a link shows it the import names.
+build/types/outrider:
+	mkdir -p build/types
+	ln -sfn ../.. $@
