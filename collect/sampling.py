@@ -135,7 +135,7 @@ def special_prefix(tokenizer: Any) -> list[int]:
     """What the tokenizer itself puts before a text (a beginning-of-text token, or nothing)."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     special = tokenizer("a")["input_ids"]
-    for start in range(len(special) - len(plain) + 1):
+    for start in range(len(special) - len(plain), -1, -1):
         if special[start : start + len(plain)] == plain:
             return list(special[:start])
     return []

@@ -1,12 +1,7 @@
-"""A tiny Mixture-of-Experts model and a word tokenizer in plain PyTorch: no transformers import.
-
-Run as a script it collects from them, so that a test can kill the process:
-`python toy.py OUT TRACES SEED PAUSE_S [resume]`.
-"""
+"""A tiny Mixture-of-Experts model and a word tokenizer in plain PyTorch: no transformers import."""
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,15 +145,10 @@ def corpus(name: str, *, documents: int, words: int, first: int = 0) -> Corpus:
     return Corpus(name, f"toy:{name}", texts)
 
 
-def main() -> None:
-    out, traces, seed, pause = (
-        Path(sys.argv[1]),
-        int(sys.argv[2]),
-        int(sys.argv[3]),
-        float(sys.argv[4]),
-    )
+def collect_slowly(out: Path, *, traces: int, seed: int, pause_s: float, resume: bool) -> None:
+    """A collection that waits after each batch, so that it can be killed in the middle."""
     torch.set_num_threads(1)
-    report = collect(
+    collect(
         ToyMoe(),
         WordTokenizer(),
         [corpus("alpha", documents=40, words=70), corpus("beta", documents=30, words=50)],
@@ -169,11 +159,6 @@ def main() -> None:
         ),
         model_name="toy",
         model_format="fp32",
-        resume="resume" in sys.argv,
-        progress=lambda progress: time.sleep(pause),
+        resume=resume,
+        progress=lambda progress: time.sleep(pause_s),
     )
-    assert report.manifest.complete
-
-
-if __name__ == "__main__":
-    main()
