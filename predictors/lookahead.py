@@ -24,7 +24,7 @@ it starts out growing with the square root of the distance."""
 LEARNING_RATE = 0.05
 MAX_STEP = 0.2
 
-MAX_EXCESS = 1e-3
+MAX_EXCESS = 0.01
 MAX_NEWTON_STEPS = 60
 """Bisection alone needs fewer; scores that are not numbers end here, and stay not numbers."""
 
@@ -51,14 +51,17 @@ def inclusion_probability(
     low = scaled.min(axis=-1, keepdims=True) - 30.0
     high = scaled.max(axis=-1, keepdims=True) + 30.0
     for _ in range(MAX_NEWTON_STEPS):
-        log_odds = np.clip(scaled - threshold, -60.0, 60.0)
-        probability = 1.0 / (1.0 + np.exp(-log_odds))
+        log_odds = scaled - threshold
+        # The logistic function by way of tanh, which cannot overflow.
+        probability = np.tanh(0.5 * log_odds)
+        probability += 1.0
+        probability *= 0.5
         excess = probability.sum(axis=-1, keepdims=True) - top_k
         if np.abs(excess).max() < MAX_EXCESS:
             break
         low = np.where(excess > 0, threshold, low)
         high = np.where(excess > 0, high, threshold)
-        slope = (probability * (1.0 - probability)).sum(axis=-1, keepdims=True)
+        slope = (probability - probability * probability).sum(axis=-1, keepdims=True)
         newton = threshold + excess / np.maximum(slope, 1e-12)
         inside = (low < newton) & (newton < high)
         threshold = np.where(inside, newton, (low + high) / 2.0)
@@ -175,9 +178,11 @@ class LookaheadPredictor:
             chosen[topk_ids[-1]] = 1.0
             uncertain = claim.probability * (1.0 - claim.probability)
             mass = uncertain.sum()
-            if mass < 1e-6:
+            # False for claims that are not numbers, too.
+            if not mass > 1e-6:
                 continue
-            centred = claim.log_odds - (uncertain * claim.log_odds).sum() / mass
+            log_odds = np.clip(claim.log_odds, -60.0, 60.0)
+            centred = log_odds - (uncertain * log_odds).sum() / mass
             gradient = ((chosen - claim.probability) * centred).sum()
             information = (uncertain * centred**2).sum() + 1e-3
             step = np.clip(LEARNING_RATE * gradient / information, -MAX_STEP, MAX_STEP)

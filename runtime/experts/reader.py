@@ -109,6 +109,7 @@ class FileReader:
             if count == 0:
                 break
             got += count
+            num_failed = 0
             if is_direct and got < num_wanted and got % BLOCK_ALIGN:
                 # A direct read cannot go on from the middle of a block.
                 is_direct, descriptor = False, opened.buffered
