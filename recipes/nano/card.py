@@ -97,7 +97,7 @@ download.
   {config.n_shared_experts} shared ones.
 - Byte-level BPE of {config.vocab_size} entries; each digit is a token.
 - {run.tokens:,} tokens seen in {run.steps:,} steps of {batch:,};
-  {run.seconds / 60:.0f} minutes on 2 CPU cores in float32 at the lowest priority beside other work
+  {run.seconds / 60:.0f} minutes on 2 CPU cores in float32 beside other work
   ({run.tokens / max(run.seconds, 1):.0f} tokens/s).
 - Muon for the hidden matrices, AdamW for the rest; a constant learning rate, then a linear decay to
   zero; a load-balancing loss.

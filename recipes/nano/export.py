@@ -51,7 +51,7 @@ def export(state: Path, tokens: Path, out: Path) -> Path:
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, pad_token_id=0)
-    model.to(torch.bfloat16).save_pretrained(partial)
+    model.to(dtype=torch.bfloat16).save_pretrained(partial)
     _publish_config(partial / "config.json")
     for name in _TOKENIZER_FILES:
         shutil.copyfile(tokens / name, partial / name)
@@ -80,5 +80,6 @@ def _publish_config(path: Path) -> None:
 def _replace(partial: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for path in sorted(partial.iterdir()):
+        path.chmod(0o644)  # the weights' writer keeps them to their owner
         path.replace(out / path.name)
     partial.rmdir()

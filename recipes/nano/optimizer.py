@@ -81,7 +81,7 @@ class MuonAdamW:
                 update(name)
 
     def _size(self, name: str) -> int:
-        return (self.muon.get(name) if name in self.muon else self.adam[name]).numel()
+        return (self.muon | self.adam)[name].numel()
 
     def _muon_update(self, name: str, parameter: nn.Parameter, *, multiplier: float) -> None:
         if parameter.grad is None:

@@ -227,12 +227,9 @@ class DeepseekPreTrainedModel(LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        std = self.config.initializer_range
-        if isinstance(module, DeepseekExperts):
-            init.normal_(module.gate_up_proj, mean=0.0, std=std)
-            init.normal_(module.down_proj, mean=0.0, std=std)
-        elif isinstance(module, DeepseekTopKRouter):
-            init.normal_(module.weight, mean=0.0, std=std)
+        if isinstance(module, (DeepseekExperts, DeepseekTopKRouter)):
+            for parameter in module.parameters():
+                init.normal_(parameter, mean=0.0, std=self.config.initializer_range)
 
 
 class DeepseekModel(DeepseekPreTrainedModel, LlamaModel):
