@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 _UNDECODABLE = "\ufffd"
-# A character of UTF-8 has at most four bytes, so the last three tokens may still be part of one.
-_MAX_OPEN_TOKENS = 3
-# Tokens that may wait for a settled text before the window is cut: bounds the cost of a token.
+# Tokens that may wait for a settled text before the window is cut: bounds the cost of a token. More
+# than the bytes of a character, so that only what is no character is ever cut.
 _MAX_HELD_TOKENS = 8
 # Prompt tokens that the first generated token is decoded behind, enough for its leading space.
 _NUM_CONTEXT_TOKENS = 6
@@ -158,7 +157,7 @@ class _TokenWindow:
 
     def _shorten(self) -> str:
         """Cut the window where its text divides, and return what that settles."""
-        for end in range(len(self._ids) - _MAX_OPEN_TOKENS, self._num_settled, -1):
+        for end in range(len(self._ids) - 1, self._num_settled, -1):
             head = self._decode(self._ids[:end])
             divides = head + self._decode(self._ids[end:]) == self._text
             if divides and head.startswith(self._passed):

@@ -192,6 +192,10 @@ def parse_request(fields: Mapping[str, object]) -> GenerationRequest:
         if isinstance(error.__cause__, FieldError):
             raise error.__cause__ from None
         raise _decode_refusal(str(error)) from None
+    except UnicodeEncodeError as error:
+        raise UsageError(
+            f"invalid request: a string holds a lone surrogate, {error.object[error.start]!r}"
+        ) from None
 
 
 def _decode_refusal(message: str) -> UsageError:

@@ -117,15 +117,13 @@ def format_bytes(num_bytes: int) -> str:
     """A size for people, in binary units, three digits or more: `512 B`, `1.50 GiB`."""
     if abs(num_bytes) < 1024:
         return f"{num_bytes} B"
-    size = float(num_bytes)
-    unit = ""
-    for unit in ("KiB", "MiB", "GiB", "TiB", "PiB", "EiB"):
+    size, units = num_bytes / 1024, ["KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
+    # 1023.5 would be printed as 1024 of the smaller unit.
+    while abs(size) >= 1023.5 and len(units) > 1:
         size /= 1024
-        # 1023.5 would be printed as 1024 of the smaller unit.
-        if abs(size) < 1023.5:
-            break
+        del units[0]
     digits = 2 if abs(size) < 9.995 else 1 if abs(size) < 99.95 else 0
-    return f"{size:.{digits}f} {unit}"
+    return f"{size:.{digits}f} {units[0]}"
 
 
 def _split(size: object, accepted: str) -> tuple[Fraction, str]:

@@ -32,7 +32,7 @@ class ExpertTraffic:
 
     @property
     def hit_rate(self) -> float | None:
-        """(resident + prefetched hits) / look-ups; late hits are not hits. None without look-ups."""
+        """(resident + prefetched hits) / look-ups, late hits not among them; None without any."""
         if not self.lookups:
             return None
         return (self.hits_resident + self.hits_prefetched) / self.lookups
@@ -85,7 +85,7 @@ _TRAFFIC_NAMES = tuple(item.name for item in fields(ExpertTraffic))
 
 @dataclass(slots=True)
 class StepStats:
-    """One forward pass: its phase, tokens, wall seconds, seconds stalled on experts, and traffic."""
+    """One forward pass: phase, tokens, wall seconds, seconds stalled on experts, traffic."""
 
     phase: Literal["prefill", "decode"]
     num_tokens: int

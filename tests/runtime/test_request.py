@@ -252,6 +252,7 @@ def test_stop_token_beyond_the_vocabulary_is_refused():
 @pytest.mark.parametrize(
     ("fields", "field"),
     [
+        ({"prompt": "\ud800"}, "prompt"),
         ({"prompt": "x", "top_p": 0}, "top_p"),
         ({"prompt": "x", "temperature": NAN}, "temperature"),
         ({"prompt": "x", "temperature": 10**400}, "temperature"),
@@ -272,6 +273,13 @@ def test_untyped_fields_are_refused_by_name(fields, field):
         parse_request(fields)
     assert caught.value.field == field
     assert field in str(caught.value)
+
+
+def test_surrogates_where_no_text_belongs_are_a_usage_error():
+    for fields in ({"max_tokens": "\ud800"}, {"prompt": "x", "\udfff": 1}):
+        with pytest.raises(UsageError) as caught:
+            parse_request(fields)
+        str(caught.value).encode()
 
 
 def test_untyped_fields_make_the_same_request():

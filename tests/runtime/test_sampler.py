@@ -329,6 +329,12 @@ def test_logprobs_are_those_of_the_model(logits, num_top, data):
         assert logprob == pytest.approx(logits[token_id] - norm, abs=1e-9)
 
 
+def test_logprobs_that_round_to_the_same_keep_the_order_of_the_logits():
+    sampler = Sampler(SamplingParams(temperature=0, logprobs=2), vocab_size=2)
+    sampled = sampler.sample(torch.tensor([-1e-30, 0.0]), sampler.begin())
+    assert [token_id for token_id, _ in sampled.top_logprobs] == [1, 0]
+
+
 def test_no_logprobs_unless_asked():
     sampler = Sampler(SamplingParams(), vocab_size=3)
     sampled = sampler.sample(torch.zeros(3), sampler.begin())

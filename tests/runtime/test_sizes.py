@@ -4,7 +4,7 @@ import re
 from fractions import Fraction
 
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from outrider.runtime.errors import InsufficientMemoryError, UsageError
@@ -106,6 +106,7 @@ def test_bytes_buy_whole_slots_within_budget_and_memory(budget, slot, total, ava
 
 @settings(deadline=None)
 @given(st.integers(1, 1000), st.integers(1, 5000))
+@example(290, 100)
 def test_percentage_is_exact(tenths, total):
     # 29 % of 100 experts is 29, which binary floating point misses.
     wanted = tenths * total // 1000

@@ -90,8 +90,6 @@ def test_sound_counts_pass_the_check():
         {"late_hits": 2},
         {"misses": 2},
         {"host_computed": 4},
-        {"prefetch_issued": 4},
-        {"prefetch_cancelled": 3},
         {"bytes_on_demand": -1},
         {"hits_resident": -1, "lookups": 5},
     ],
