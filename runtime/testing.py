@@ -18,6 +18,8 @@ from .experts.transfer import SlotBlocks, Transfer
 if TYPE_CHECKING:
     import torch
 
+    from .experts.slots import SlotArena
+
 
 class VirtualClock:
     """Seconds that pass only when told to; call it like time.perf_counter."""
@@ -221,6 +223,12 @@ class SyntheticExperts:
     def reference(self, key: ExpertKey) -> "dict[str, torch.Tensor]":
         """The tensors of one expert, from memory and not from the files."""
         return self._tensors[key]
+
+    def is_held(self, key: ExpertKey, arena: "SlotArena", slot: Slot) -> bool:
+        """True if every view of the slot has exactly this expert's bits."""
+        return all(
+            arena.view(slot, name).equal(tensor) for name, tensor in self._tensors[key].items()
+        )
 
 
 def write_experts(
