@@ -182,7 +182,13 @@ class Engine:
             )
         pieces: dict[Sequence, str] = {}
         for row, sequence in enumerate(output.sampled):
-            token = sequence.sampler.sample(output.logits[row], sequence.sampler_state)
+            try:
+                token = sequence.sampler.sample(output.logits[row], sequence.sampler_state)
+            except OutriderError as error:
+                # Logits that are no numbers are this sequence's misfortune alone.
+                sequence.error = error
+                pieces[sequence] = sequence.cancel("error")
+                continue
             if not sequence.token_ids:
                 sequence.stats.timings.ttft_s = time.perf_counter() - sequence.began_s
             pieces[sequence] = sequence.accept(token)

@@ -98,7 +98,7 @@ def sampling_params(
         values["stop"] = [values["stop"]]
     try:
         params = msgspec.convert(values, SamplingParams, strict=False)
-    except msgspec.ValidationError as error:
+    except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise UsageError(str(error)) from error
     return params, {name: found[name][1] if name in found else DEFAULT for name in names}
 

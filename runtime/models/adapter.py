@@ -26,7 +26,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_
 
 from ...collect.schema import ModelShape
 from ..errors import InvalidDataError, UnsupportedModelError
-from . import deepseek
+from . import deepseek, encoding
 
 EXPERTS_IMPLEMENTATION = "outrider"
 # (layer_idx, experts module, hidden_states [T, H], topk_ids [T, K], topk_weights [T, K]) -> [T, H]
@@ -206,7 +206,7 @@ def conversion_plan(model: Any, names: Iterable[str]) -> tuple[dict[str, Convers
     Returns them and the names that no parameter wants. The order inside a conversion is the
     natural one of the names (expert 2 before expert 10), as transformers has it.
     """
-    mapping = get_model_conversion_mapping(model)
+    mapping = get_model_conversion_mapping(model, hf_quantizer=encoding.decoder(model.config))
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     by_pattern = {

@@ -124,7 +124,7 @@ def load_model(
     device = device or torch.device("cpu")
     checkpoint = Checkpoint(folder)
     config = adapter.load_config(folder)
-    dtype = dtype or _checkpoint_dtype(checkpoint)
+    dtype = dtype or _checkpoint_dtype(checkpoint, config)
     model = adapter.build_on_meta(config, dtype=dtype)
     layers = adapter.moe_layers(model)
     plan, unexpected = adapter.conversion_plan(model, checkpoint.tensors)
@@ -176,10 +176,13 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def _checkpoint_dtype(checkpoint: Checkpoint) -> torch.dtype:
+def _checkpoint_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
     counts: dict[torch.dtype, int] = {}
     for record in checkpoint.tensors.values():
         counts[record.dtype] = counts.get(record.dtype, 0) + record.nbytes
+    if getattr(config, "quantization_config", None) is not None:
+        # The scales of encoded weights say nothing about what they are decoded to.
+        return config.dtype if isinstance(config.dtype, torch.dtype) else torch.bfloat16
     floats = {torch.float32, torch.bfloat16, torch.float16} & counts.keys()
     if not floats:
         raise InvalidDataError(f"{checkpoint.folder}: no tensor is float32, bfloat16 or float16")

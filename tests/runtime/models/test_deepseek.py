@@ -1,9 +1,9 @@
 """DeepSeek-MoE v1 against an independent reference, and the pinned habits of its gate."""
 
 import json
-import sys
 from pathlib import Path
 
+import deepseek_reference as reference
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,12 +16,6 @@ from outrider.runtime.models.deepseek import (
     DeepseekForCausalLM,
     DeepseekTopKRouter,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-try:
-    import deepseek_reference as reference
-finally:
-    sys.path.pop(0)
 
 PUBLISHED = {
     "architectures": ["DeepseekForCausalLM"],
