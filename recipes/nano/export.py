@@ -17,7 +17,7 @@ from transformers import GenerationConfig
 
 from outrider.runtime.models.deepseek import DeepseekForCausalLM
 
-from .train import CONFIG, Progress
+from .train import CONFIG, progress_of
 
 FIGURES = "training.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
@@ -44,8 +44,8 @@ def export(state: Path, tokens: Path, out: Path) -> Path:
             f"no training state at {str(state)!r}; train first (python -m recipes.nano train)"
         )
     model = DeepseekForCausalLM(CONFIG)
+    progress = progress_of(state)
     with safe_open(state, "pt") as file, torch.no_grad():
-        progress = Progress(**json.loads(file.metadata()["progress"]))
         for name, parameter in model.named_parameters():
             parameter.copy_(file.get_tensor(f"model.{name}"))
     partial = out.with_name(out.name + ".partial")

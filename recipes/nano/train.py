@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import signal
 import time
 from collections import deque
@@ -77,8 +76,15 @@ class Progress:
     step: int = 0
     tokens: int = 0
     target: int = 0
+    decaying: bool = False
     train_seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
+
+
+def progress_of(state: Path) -> Progress:
+    """How far the run was when it wrote a state file."""
+    with safe_open(state, "pt") as file:
+        return Progress(**json.loads(file.metadata()["progress"]))
 
 
 class Trainer:
@@ -111,6 +117,11 @@ class Trainer:
         """The whole resumable state, one file, replaced atomically."""
         return self.folder / "state.safetensors"
 
+    @property
+    def undecayed_file(self) -> Path:
+        """The state in which the decay began: what a longer run goes on from."""
+        return self.folder / "before-decay.safetensors"
+
     def run(self) -> bool:
         """Trains until the plan's tokens are seen or its time is over; -> whether it got there.
 
@@ -134,7 +145,8 @@ class Trainer:
             for number, handler in previous.items():
                 signal.signal(number, handler)
         self.progress.target = self.progress.tokens
-        self.validate()
+        if not self._validated():
+            self.validate()
         self.save()
         return True
 
@@ -185,23 +197,32 @@ class Trainer:
         )
         return figures
 
-    def save(self) -> None:
+    def _validated(self) -> bool:
+        history = self.progress.history
+        return bool(history) and history[-1]["tokens"] == self.progress.tokens
+
+    def save(self, path: Path | None = None) -> None:
         """Writes weights, optimiser state and progress as one file, whole or not at all."""
+        path = path or self.state_file
         tensors = {f"model.{name}": value.detach() for name, value in self.model.named_parameters()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.state.items()}
-        temporary = self.state_file.with_suffix(".partial")
+        temporary = path.with_suffix(".partial")
         save_file(tensors, temporary, metadata={"progress": json.dumps(asdict(self.progress))})
-        temporary.replace(self.state_file)
+        temporary.replace(path)
 
     def _load(self) -> None:
-        with safe_open(self.state_file, "pt") as file, torch.no_grad():
-            self.progress = Progress(**json.loads(file.metadata()["progress"]))
+        path, progress = self.state_file, progress_of(self.state_file)
+        if progress.tokens == progress.target < self.plan.tokens and self.undecayed_file.exists():
+            # The run had ended: more tokens are learned from the weights before its decay.
+            path, progress = self.undecayed_file, progress_of(self.undecayed_file)
+        with safe_open(path, "pt") as file, torch.no_grad():
             for name, parameter in self.model.named_parameters():
                 parameter.copy_(file.get_tensor(f"model.{name}"))
             for name, value in self.optimizer.state.items():
                 value.copy_(file.get_tensor(f"optimizer.{name}"))
-        self.progress.target = self.plan.tokens
-        self._log(f"resumed at step {self.progress.step}, {self.progress.tokens} tokens")
+        self.progress = progress
+        progress.target = self.plan.tokens
+        self._log(f"resumed at step {progress.step}, {progress.tokens} tokens")
 
     def _begin_decay(self, *_: object) -> None:
         self._decay_now = True
@@ -223,9 +244,9 @@ class Trainer:
             left = max(plan.until - time.time(), 0.0)
             total = min(total, progress.tokens + int(left * tokens / seconds))
         multiplier = min(1.0, (1 - progress.tokens / max(total, 1)) / plan.decay_fraction)
-        if multiplier < 1 and not (kept := self.folder / "before-decay.safetensors").exists():
-            self.save()
-            shutil.copyfile(self.state_file, kept)
+        if multiplier < 1 and not progress.decaying:
+            self.save(self.undecayed_file)
+            progress.decaying = True
         return multiplier if multiplier > 0.004 else 0.0
 
     def _log_step(

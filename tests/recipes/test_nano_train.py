@@ -11,7 +11,7 @@ from outrider.runtime.models.deepseek import DeepseekConfig
 from recipes.nano.corpus import DOMAINS
 from recipes.nano.data import Windows, bytes_per_token
 from recipes.nano.export import export
-from recipes.nano.train import Plan, Trainer
+from recipes.nano.train import Plan, Trainer, progress_of
 
 CONFIG = DeepseekConfig(
     vocab_size=300,
@@ -78,7 +78,29 @@ def test_training_lowers_the_loss_and_ends_decayed(tokens: Path, tmp_path: Path)
     rates = [float(step["rate"]) for step in steps]
     assert rates == sorted(rates, reverse=True) and rates[0] == 1.0 and rates[-1] < 0.2
     assert trainer.progress.history[-1]["tokens"] == trainer.progress.tokens == 9600
-    assert (tmp_path / "before-decay.safetensors").exists()
+
+
+def test_a_longer_run_goes_on_from_before_the_decay(tokens: Path, tmp_path: Path) -> None:
+    Trainer(tokens, tmp_path / "twice", plan(), config=CONFIG).run()
+    longer = plan(tokens=5760)
+    second = Trainer(tokens, tmp_path / "twice", longer, config=CONFIG)
+    begun = second.progress.tokens
+    assert 0 < begun < 3840
+    second.run()
+    once = Trainer(tokens, tmp_path / "once", longer, config=CONFIG)
+    once.run()
+    assert second.progress.history[-1] == once.progress.history[-1]
+    assert progress_of(second.undecayed_file).tokens > begun
+
+
+def test_an_ended_run_stays_as_it_is(tokens: Path, tmp_path: Path) -> None:
+    trainer = Trainer(tokens, tmp_path, plan(), config=CONFIG)
+    trainer.run()
+    again = Trainer(tokens, tmp_path, plan(), config=CONFIG)
+    assert again.run()
+    assert again.progress.step == trainer.progress.step
+    pairs = zip(again.model.parameters(), trainer.model.parameters(), strict=True)
+    assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
 
 def test_a_run_without_time_left_ends(tokens: Path, tmp_path: Path) -> None:
