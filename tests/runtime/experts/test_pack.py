@@ -93,6 +93,16 @@ def test_an_interrupted_packing_goes_on_and_is_no_store_before_that(tmp_path: Pa
     assert store.verify() == [] and names(out) == FINISHED
 
 
+def test_files_of_a_killed_packing_are_removed_before_space_is_needed(tmp_path: Path) -> None:
+    leftover = tmp_path / ".experts-00000-000.safetensors.x1.tmp"
+    leftover.write_bytes(b"half a shard")
+    orphan = tmp_path / SHARDS[3]
+    orphan.write_bytes(b"renamed, but not recorded")
+    seen: list[list[str]] = []
+    pack(tmp_path, progress=lambda *_: seen.append(names(tmp_path)))
+    assert seen[0] == ["index.partial.json", "pack.lock"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
