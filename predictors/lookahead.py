@@ -26,7 +26,7 @@ MAX_STEP = 0.2
 
 MAX_EXCESS = 0.01
 MAX_NEWTON_STEPS = 60
-"""Bisection alone needs fewer; scores that are not numbers end here, and stay not numbers."""
+"""Five are usual; scores that are not numbers end here, and stay not numbers."""
 
 
 def inclusion_probability(
@@ -34,22 +34,21 @@ def inclusion_probability(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Probability that each score is among the top_k once noise was added; with its log-odds.
 
-    `scores` [..., E] and `temperature` [...] in units of a row's standard deviation. The log-odds
-    are (score - threshold) / temperature; the threshold is what makes a row sum to top_k, found
-    by Newton steps inside a bracket. Shifting a row changes nothing, so router logits serve as
-    well as log-softmax.
+    `scores` [..., E]; `temperature`, broadcast over [...], in standard deviations of a row. The
+    log-odds are (score - threshold) / temperature; the threshold is what makes a row sum to top_k,
+    found by Newton steps of bounded length from between the scores at the edge. Shifting a row
+    changes nothing, so router logits serve as well as log-softmax.
     """
     scores = scores.astype(np.float64)
     num_experts = scores.shape[-1]
     if top_k >= num_experts:
         return np.ones_like(scores), np.full_like(scores, 30.0)
-    spread = np.maximum(scores.std(axis=-1), 1e-6)[..., None]
-    scaled = (scores - scores.mean(axis=-1, keepdims=True)) / (spread * temperature[..., None])
-    edge = np.partition(scaled, (num_experts - top_k - 1, num_experts - top_k), axis=-1)
-    threshold = edge[..., num_experts - top_k - 1 : num_experts - top_k + 1].mean(-1, keepdims=True)
-    # At 30 above the largest score all probabilities vanish, at 30 below the smallest all are 1.
-    low = scaled.min(axis=-1, keepdims=True) - 30.0
-    high = scaled.max(axis=-1, keepdims=True) + 30.0
+    scaled = scores - scores.sum(axis=-1, keepdims=True) / num_experts
+    variance = (scaled * scaled).sum(axis=-1, keepdims=True) / num_experts
+    scaled /= np.maximum(np.sqrt(variance) * temperature[..., None], 1e-9)
+    edge = num_experts - top_k
+    threshold = np.partition(scaled, (edge - 1, edge), axis=-1)[..., edge - 1 : edge + 1]
+    threshold = threshold.mean(axis=-1, keepdims=True)
     for _ in range(MAX_NEWTON_STEPS):
         log_odds = scaled - threshold
         # The logistic function by way of tanh, which cannot overflow.
@@ -59,12 +58,9 @@ def inclusion_probability(
         excess = probability.sum(axis=-1, keepdims=True) - top_k
         if np.abs(excess).max() < MAX_EXCESS:
             break
-        low = np.where(excess > 0, threshold, low)
-        high = np.where(excess > 0, high, threshold)
         slope = (probability - probability * probability).sum(axis=-1, keepdims=True)
-        newton = threshold + excess / np.maximum(slope, 1e-12)
-        inside = (low < newton) & (newton < high)
-        threshold = np.where(inside, newton, (low + high) / 2.0)
+        newton = excess / np.maximum(slope, 1e-9)
+        threshold = threshold + np.minimum(np.maximum(newton, -2.0), 2.0)
     return probability, log_odds
 
 
@@ -72,7 +68,6 @@ def inclusion_probability(
 class _Claim:
     """What was said of the last token at one layer, kept until that layer's choice is known."""
 
-    distance: int
     probability: np.ndarray
     log_odds: np.ndarray
 
@@ -117,7 +112,8 @@ class LookaheadPredictor:
         self._scoring = scoring
         self._tokens = tokens
         self._steps = StepCount()
-        self._claims: dict[int, list[_Claim]] = {}
+        # By layer spoken of, then by distance - 1.
+        self._claims: dict[int, dict[int, _Claim]] = {}
 
     def begin(self, prompt_ids: np.ndarray) -> None:
         self._steps.begin()
@@ -150,12 +146,10 @@ class LookaheadPredictor:
     def forecast(self, layer_idx: int, scores: np.ndarray) -> Forecast:
         """Turn `scores` of that layer, brought to the host, into probabilities."""
         temperature = self.temperature[: scores.shape[1]]
-        probability, log_odds = inclusion_probability(
-            scores, np.broadcast_to(temperature, scores.shape[:2]), top_k=self.shape.top_k
-        )
+        probability, log_odds = inclusion_probability(scores, temperature, top_k=self.shape.top_k)
         for index in range(scores.shape[1]):
-            claim = _Claim(index, probability[-1, index], log_odds[-1, index])
-            self._claims.setdefault(layer_idx + 1 + index, []).append(claim)
+            claim = _Claim(probability[-1, index], log_odds[-1, index])
+            self._claims.setdefault(layer_idx + 1 + index, {})[index] = claim
         union = probability[0] if len(probability) == 1 else 1.0 - (1.0 - probability).prod(axis=0)
         layer_to = layer_idx + 1 + scores.shape[1]
         return Forecast(self._steps.step, layer_idx + 1, layer_to, union.astype(np.float32))
@@ -173,7 +167,7 @@ class LookaheadPredictor:
         router_input: torch.Tensor | None,
     ) -> None:
         self._steps.in_pass()
-        for claim in self._claims.pop(layer_idx, ()):
+        for index, claim in self._claims.pop(layer_idx, {}).items():
             chosen = np.zeros(self.shape.num_experts)
             chosen[topk_ids[-1]] = 1.0
             uncertain = claim.probability * (1.0 - claim.probability)
@@ -187,4 +181,4 @@ class LookaheadPredictor:
             information = (uncertain * centred**2).sum() + 1e-3
             step = np.clip(LEARNING_RATE * gradient / information, -MAX_STEP, MAX_STEP)
             # Higher log-odds of what was chosen than claimed: the scores deserve more trust.
-            self.temperature[claim.distance] *= np.exp(-step)
+            self.temperature[index] *= np.exp(-step)

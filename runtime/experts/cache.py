@@ -129,6 +129,11 @@ class ExpertCache:
         """Slots being written, for either kind."""
         return self._num_loading
 
+    @property
+    def prefetch_room(self) -> int:
+        """Prefetches that `prefetch_limit` allows on top of those under way."""
+        return self.prefetch_limit - self._num_ahead
+
     def lookup(self, key: ExpertKey) -> Slot | None:
         """The slot of a READY expert; None if it is absent or still LOADING."""
         entry = self._entries.get(key)

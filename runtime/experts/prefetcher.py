@@ -36,21 +36,11 @@ SMOOTHING = 0.2
 
 @dataclass(slots=True)
 class _Moment:
-    """What the newest forecast says of one layer at one step, likeliest first."""
+    """What the newest forecast says of one layer at one step."""
 
     wanted: list[ExpertKey]
-    missing: list[tuple[float, ExpertKey]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Candidate:
-    probability: float
-    moment: int
-    key: ExpertKey
-
-    def rank(self) -> tuple[float, int]:
-        """Likeliest first by tenths, the sooner needed of equals first."""
-        return -round(self.probability, 1), self.moment
+    # Likeliest first by tenths, the sooner needed of equals first: (-tenths, moment, key).
+    missing: list[tuple[float, int, ExpertKey]]
 
 
 class Prefetcher:
@@ -122,26 +112,20 @@ class Prefetcher:
         if not self._max_reach:
             return
         first = forecast.step * self._shape.num_moe_layers + forecast.layer_from
-        rows: list[list[tuple[float, int]]] = [[] for _ in forecast.probability]
-        found = np.nonzero(forecast.probability >= self._min_probability)
-        values = forecast.probability[found].tolist()
-        for row, expert_idx, value in zip(
-            found[0].tolist(), found[1].tolist(), values, strict=True
-        ):
-            rows[row].append((value, expert_idx))
-        for row, scored in enumerate(rows):
-            moment = first + row
-            self._forget(moment)
-            if moment <= self._position:
-                continue
-            scored.sort(reverse=True)
-            layer_idx = forecast.layer_from + row
-            keys = [(value, ExpertKey(layer_idx, expert_idx)) for value, expert_idx in scored]
-            self._moments[moment] = _Moment(
-                [key for _, key in keys],
-                [(value, key) for value, key in keys if self._cache.state(key) is None],
-            )
-            self._wanted.update(key for _, key in keys)
+        for row in range(forecast.layer_to - forecast.layer_from):
+            self._forget(first + row)
+        rows, experts = np.nonzero(forecast.probability >= self._min_probability)
+        tenths = forecast.probability[rows, experts].round(1).tolist()
+        for row, expert_idx, value in zip(rows.tolist(), experts.tolist(), tenths, strict=True):
+            if first + row > self._position:
+                key = ExpertKey(forecast.layer_from + row, expert_idx)
+                moment = self._moments.get(first + row)
+                if moment is None:
+                    moment = self._moments[first + row] = _Moment([], [])
+                moment.wanted.append(key)
+                self._wanted[key] += 1
+                if self._cache.state(key) is None:
+                    moment.missing.append((-value, first + row, key))
 
     def advance(self, step: int, layer_idx: int) -> None:
         """Execution stands at this layer: settle what is copied, cancel what is stale, issue more.
@@ -164,7 +148,7 @@ class Prefetcher:
             self._forget(moment)
         self.settle()
         self._cancel_stale()
-        if self.reach:
+        if self.reach and self._cache.prefetch_room > 0:
             self._issue()
 
     def settle(self) -> None:
@@ -235,36 +219,33 @@ class Prefetcher:
         bandwidth = self._transfers.bandwidth()
         queued = self._transfers.outstanding_bytes()
         budget = self._budget(bandwidth)
-        for candidate in self._candidates():
+        last = self._position + self.reach
+        candidates = sorted(
+            candidate
+            for moment, forecast in self._moments.items()
+            if moment <= last
+            for candidate in forecast.missing
+        )
+        for _, moment, key in candidates:
             if self._issued_bytes + self._nbytes > budget:
                 return
-            lead_s = (candidate.moment - self._position) * self._layer_s
+            lead_s = (moment - self._position) * self._layer_s
             if bandwidth and self._layer_s and (queued + self._nbytes / 2) / bandwidth > lead_s:
                 continue
-            if self._cache.state(candidate.key) is not None:
+            if self._cache.state(key) is not None:
                 continue
-            slot = self._cache.reserve(candidate.key, Kind.PREFETCH, keep=self.wanted)
+            slot = self._cache.reserve(key, Kind.PREFETCH, keep=self.wanted)
             if slot is None:
                 return
             try:
-                transfer = self._transfers.submit(candidate.key, slot, Kind.PREFETCH)
+                transfer = self._transfers.submit(key, slot, Kind.PREFETCH)
             except TransferError:
                 self._cache.abandon(slot)
                 self._num_failures = MAX_FAILURES
                 return
-            self._in_flight[candidate.key] = transfer
+            self._in_flight[key] = transfer
             self._issued_bytes += self._nbytes
             queued += self._nbytes
-
-    def _candidates(self) -> list[_Candidate]:
-        last = self._position + self.reach
-        candidates = [
-            _Candidate(probability, moment, key)
-            for moment, forecast in self._moments.items()
-            if moment <= last
-            for probability, key in forecast.missing
-        ]
-        return sorted(candidates, key=_Candidate.rank)
 
     def _budget(self, bandwidth: float) -> float:
         """Bytes that prefetches may take of a step's link time; one expert at the least."""
