@@ -357,7 +357,7 @@ def start(*arguments: object, preload: Path | None = None) -> subprocess.Popen[s
 
 def run(*arguments: object, preload: Path | None = None):
     process = start(*arguments, preload=preload)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=280)
     assert process.returncode == 0
     return json.loads(output)
 
@@ -443,7 +443,7 @@ def test_a_file_size_limit_is_said(faults: dict) -> None:
 def test_of_two_processes_the_second_waits_and_takes_the_result(tmp_path: Path) -> None:
     out, started, go = tmp_path / "store", tmp_path / "started", tmp_path / "go"
     first = start("hold", out, started, go)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not started.exists():
         assert first.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
