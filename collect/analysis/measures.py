@@ -41,16 +41,16 @@ def gini(counts: np.ndarray) -> np.ndarray:
 def mutual_information(joint: np.ndarray) -> float:
     """I(row; column) of a matrix of counts, less the bias that a finite sample adds.
 
-    The plug-in value exceeds the true one by about (R - 1)(C - 1) / (2 N ln 2) for R and C used
-    rows and columns (G. Miller, 1955); what is left is cut off at 0.
+    Each plug-in entropy of m used cells falls short by about (m - 1) / (2 N ln 2) (Miller and
+    Madow, 1955), which is added to all three; what is left is cut off at 0.
     """
     joint = joint[joint.sum(axis=1) > 0][:, joint.sum(axis=0) > 0].astype(np.float64)
     total = joint.sum()
     if total == 0:
         return 0.0
     plain = entropy(joint.sum(axis=0)) + entropy(joint.sum(axis=1)) - entropy(joint.reshape(-1))
-    bias = (joint.shape[0] - 1) * (joint.shape[1] - 1) / (2 * total * np.log(2))
-    return float(max(plain - bias, 0.0))
+    missing = sum(joint.shape) - 1 - np.count_nonzero(joint)
+    return float(max(plain + missing / (2 * total * np.log(2)), 0.0))
 
 
 def conditional_entropy(joint: np.ndarray) -> float:
