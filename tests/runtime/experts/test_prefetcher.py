@@ -12,7 +12,7 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.predictors.base import Forecast
 from outrider.runtime.errors import TransferError, UsageError
 from outrider.runtime.experts.cache import ExpertCache, Kind, SlotState
-from outrider.runtime.experts.controller import CONTROL_EVERY, WINDOW_STEPS, ReachController
+from outrider.runtime.experts.controller import WINDOW_STEPS, ReachController
 from outrider.runtime.experts.eviction import LruEviction
 from outrider.runtime.experts.prefetcher import MAX_FAILURES, Prefetcher
 from outrider.runtime.testing import ManualTransfer, VirtualClock
@@ -355,13 +355,20 @@ class Course:
 
 def test_useful_prefetching_runs_at_full_reach_nearly_always() -> None:
     course = Course()
-    num_steps = course.run(10 * CONTROL_EVERY, used=9, wasted=1, stall_s=0.1, idle_s=0.4)
-    assert num_steps == (10 * CONTROL_EVERY - 10) * WINDOW_STEPS
+    num_steps = course.run(200, used=9, wasted=1, stall_s=0.1, idle_s=0.4)
+    assert num_steps > 0.94 * 200 * WINDOW_STEPS
     assert course.controller.reach in (0, 16)
 
 
+def test_nothing_to_gain_is_no_reason_to_turn_prefetching_off() -> None:
+    course = Course()
+    assert course.run(50, used=0, wasted=0, stall_s=0.0, idle_s=0.0) > 0.8 * 50 * WINDOW_STEPS
+
+
 @pytest.mark.parametrize(
-    ("used", "wasted", "stall_s"), [(1, 9, 0.1), (9, 1, 0.8)], ids=["wasted", "slower"]
+    ("used", "wasted", "stall_s"),
+    [(1, 9, 0.1), (9, 1, 0.8), (9, 1, 0.4)],
+    ids=["wasted", "slower", "no-gain"],
 )
 def test_harmful_prefetching_is_turned_down_to_a_rare_attempt(
     used: int, wasted: int, stall_s: float
@@ -377,8 +384,8 @@ def test_prefetching_comes_back_when_it_pays_again() -> None:
     course = Course()
     course.run(60, used=1, wasted=9, stall_s=0.1, idle_s=0.4)
     course.run(2 * 64, used=9, wasted=1, stall_s=0.1, idle_s=0.4)
-    late = course.run(CONTROL_EVERY, used=9, wasted=1, stall_s=0.1, idle_s=0.4)
-    assert late == (CONTROL_EVERY - 1) * WINDOW_STEPS
+    assert course.run(10, used=9, wasted=1, stall_s=0.1, idle_s=0.4) >= 8 * WINDOW_STEPS
+    assert course.controller.reach in (0, 16)
 
 
 def test_decisions_need_no_tensors() -> None:
