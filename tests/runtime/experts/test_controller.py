@@ -1,4 +1,4 @@
-"""ReachController: prefetching goes on while it pays, stops when it does not, and is tried again."""
+"""ReachController: goes on while prefetching pays, stops when it does not, and tries again."""
 
 import pytest
 
