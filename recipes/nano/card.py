@@ -104,15 +104,15 @@ download.
 - It attended to 256 tokens in the constant phase and 512 in the decay; positions up to
   {config.max_position_embeddings} are allowed, those beyond 512 were not trained.
 
-Made by one command at the root of the repository, from package downloads to this folder; it goes on
-where it was interrupted, and a run ends after `--tokens` or by the clock (`--until`):
+Made by one command at the root of the repository, from package downloads to this folder; it goes
+on where it was interrupted, and a run ends after `--tokens` or by the clock (`--until`):
 
 ```
 python -m recipes.nano all --tokens {run.tokens}
 ```
 
-The figures below are those of the run that made these weights. Another run's will differ a little:
-its threads add up in another order, and the code domain is the library of the Python that runs it."""
+The figures below are those of the run that made these weights. Another run's will differ a
+little: its threads add up in another order, and the code domain is the library of the Python that runs it."""
 
 
 def _data(tokens: Path) -> str:
