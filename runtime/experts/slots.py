@@ -6,6 +6,7 @@ Knows neither experts nor who uses a slot: ExpertCache decides, transfers write,
 import math
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -48,6 +49,10 @@ class SlotArena:
         try:
             if self.device.type == "cpu":
                 self._memory = mmap.mmap(-1, total)
+                if hasattr(mmap, "MADV_HUGEPAGE"):
+                    # Direct reads pin pages one by one; a kernel built without them says EINVAL.
+                    with suppress(OSError):
+                        self._memory.madvise(mmap.MADV_HUGEPAGE)
                 arena = torch.frombuffer(self._memory, dtype=torch.uint8)
             else:
                 arena = torch.empty(total, dtype=torch.uint8, device=self.device)
