@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from . import native
 from .reference import combine_reference, expert_rows
 from .weights import ExpertWeights
 
@@ -17,6 +18,17 @@ def expert_outputs(
     out_rows: Tensor | None,
 ) -> None:
     """Write every assignment's output row; see `expert_mlp.expert_outputs`."""
+    if native.serves(weights):
+        native.expert_outputs(
+            hidden_states,
+            token_idx,
+            slot_ids,
+            weights,
+            out=out,
+            out_rows=out_rows,
+            num_threads=torch.get_num_threads(),
+        )
+        return
     rows = torch.arange(token_idx.shape[0]) if out_rows is None else out_rows.long()
     for slot in slot_ids.unique().tolist():
         chosen = (slot_ids == slot).nonzero().squeeze(1)
@@ -26,4 +38,13 @@ def expert_outputs(
 
 def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     """See `expert_mlp.combine`."""
-    return combine_reference(outputs, topk_weights, topk_ids)
+    if not native.is_available():
+        return combine_reference(outputs, topk_weights, topk_ids)
+    out = outputs.new_empty((outputs.shape[0], outputs.shape[2]))
+    native.combine(
+        outputs.contiguous(),
+        topk_weights.float().contiguous(),
+        topk_ids.long().contiguous(),
+        out=out,
+    )
+    return out

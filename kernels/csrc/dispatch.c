@@ -1,0 +1,38 @@
+/* Chooses the row kernels when first asked: the widest that the processor has. */
+#include "dispatch.h"
+
+#include <stdatomic.h>
+#include <string.h>
+
+static const Kernels *const candidates[] = {
+#if defined(__x86_64__)
+    &kernels_avx512,
+    &kernels_avx2,
+#elif defined(__aarch64__)
+    &kernels_neon,
+#endif
+    &kernels_generic,
+};
+enum { NUM_CANDIDATES = sizeof candidates / sizeof *candidates };
+
+static _Atomic(const Kernels *) active;
+
+const Kernels *active_kernels(void) {
+    const Kernels *kernels = atomic_load(&active);
+    for (int i = 0; !kernels; i++)
+        if (candidates[i]->available()) kernels = candidates[i];
+    atomic_store(&active, kernels);
+    return kernels;
+}
+
+const char *outrider_isa(void) { return active_kernels()->name; }
+
+/* Use the kernels called `name`; 0 if this processor or build has none. */
+int outrider_use_isa(const char *name) {
+    for (int i = 0; i < NUM_CANDIDATES; i++)
+        if (strcmp(candidates[i]->name, name) == 0 && candidates[i]->available()) {
+            atomic_store(&active, candidates[i]);
+            return 1;
+        }
+    return 0;
+}

@@ -1,0 +1,19 @@
+/* What the entry points are called with, and the row kernels that this processor runs. */
+#ifndef DISPATCH_H
+#define DISPATCH_H
+
+#include "outrider.h"
+
+/* x, out: `format` (FP32, BF16, FP16); x_stride in bytes. *_wide: int64 indices, else int32.
+   out_rows may be NULL: assignment i then writes row i. */
+typedef struct {
+    const uint8_t *x;
+    uint8_t *out;
+    const void *token_idx, *slot_ids, *out_rows;
+    int64_t num_tokens, x_stride, num_assignments, num_out_rows;
+    int32_t format, token_idx_wide, slot_ids_wide, out_rows_wide;
+} Inputs;
+
+const Kernels *active_kernels(void);
+
+#endif

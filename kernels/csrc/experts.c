@@ -1,0 +1,326 @@
+/* Entry points that compute: a layer's chosen experts by slot, and one dense matrix.
+
+   Rows of weights are the unit of work: whoever computes a row, and beside whom, its sum is the same.
+   Experts with few tokens stream their rows once for all of them in two phases (gate and up, down) that
+   the layer's experts share; experts with many tokens go one after the other through register tiles. */
+#include "outrider.h"
+
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "dispatch.h"
+
+enum { CHUNK = 128, TILE_CHUNK = 24, TOKENS_AT_ONCE = 256 };
+
+typedef struct {
+    int64_t slot, begin, count;
+} Group;
+
+typedef struct {
+    const Kernels *kernels;
+    const Experts *experts;
+    const Inputs *in;
+    Group *groups;
+    int64_t *order; /* assignments by slot */
+    int64_t num_groups, num_small;
+    int64_t values, sums, inner_values, inner_sums; /* floats a token takes */
+    float *x_values, *x_sums;                       /* [T, values], [T, sums] */
+    float *h, *h_values, *h_sums;                   /* by row of `order`, or of the current tile */
+    float *scratch;
+    int64_t scratch_size, sub;
+    atomic_int *finished; /* parts of a 128-chunk of h that are there */
+    atomic_llong *next;   /* job counters, one a phase */
+    Barrier barrier;
+} Plan;
+
+static int64_t read_index(const void *indices, int32_t wide, int64_t i) {
+    return wide ? ((const int64_t *)indices)[i] : ((const int32_t *)indices)[i];
+}
+
+static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+static Run run_of(const Matrix *matrix, int64_t slot, int64_t row, int64_t rows) {
+    Run run = {matrix->weight + slot * matrix->weight_stride +
+                   row * row_bytes(matrix->format, matrix->k),
+               NULL, rows, matrix->k};
+    if (matrix->scale)
+        run.scale = matrix->scale + slot * matrix->scale_stride +
+                    row * scale_bytes(matrix->format, matrix->k);
+    return run;
+}
+
+/* out[m * stride + i] += bias[row + i] */
+static void add_bias(const Kernels *kernels, const Matrix *matrix, int64_t slot, int64_t row,
+                     int64_t rows, int64_t tokens, float *out, int64_t stride) {
+    float bias[2 * CHUNK];
+    if (!matrix->bias) return;
+    kernels->widen(matrix->bias_format,
+                   matrix->bias + slot * matrix->bias_stride + row * (matrix->bias_format ? 2 : 4),
+                   rows, bias);
+    for (int64_t m = 0; m < tokens; m++)
+        for (int64_t i = 0; i < rows; i++) out[m * stride + i] += bias[i];
+}
+
+/* Gate and up rows [from, from + rows) for `count` tokens, activated: h[m * h_stride + i]. `buffer`
+   takes 2 * count * rows floats. */
+static void gate_and_up(const Plan *plan, int64_t slot, int64_t from, int64_t rows,
+                        const Prepared *tokens, int64_t count, int tiled, float *scratch,
+                        float *buffer, float *h, int64_t h_stride) {
+    const Kernels *kernels = plan->kernels;
+    const Matrix *matrix = &plan->experts->gate_up;
+    int joined = plan->experts->is_concatenated;
+    for (int part = 0; part < (joined ? 2 : 1); part++) {
+        int64_t row = joined ? from + part * (matrix->n / 2) : 2 * from;
+        int64_t length = joined ? rows : 2 * rows;
+        Run run = run_of(matrix, slot, row, length);
+        float *out = buffer + part * rows;
+        if (tiled)
+            kernels->tiles(matrix->format, &run, tokens, count, scratch, out, 2 * rows);
+        else
+            kernels->rows[matrix->format][count - 1](&run, tokens, scratch, out, 2 * rows);
+        add_bias(kernels, matrix, slot, row, length, count, out, 2 * rows);
+    }
+    for (int64_t m = 0; m < count; m++) {
+        float *gate = buffer + m * 2 * rows, split[2 * CHUNK];
+        if (!joined) {
+            for (int64_t i = 0; i < rows; i++) {
+                split[i] = gate[2 * i];
+                split[rows + i] = gate[2 * i + 1];
+            }
+            gate = split;
+        }
+        kernels->activate(plan->experts->activation, gate, gate + rows, rows, h + m * h_stride);
+    }
+}
+
+/* Down rows [from, from + rows) for `count` tokens, rounded to the outputs. */
+static void down(const Plan *plan, const Group *group, int64_t skip, int64_t from, int64_t rows,
+                 const Prepared *tokens, int64_t count, int tiled, float *scratch, float *buffer) {
+    const Kernels *kernels = plan->kernels;
+    const Matrix *matrix = &plan->experts->down;
+    const Inputs *in = plan->in;
+    Run run = run_of(matrix, group->slot, from, rows);
+    if (tiled)
+        kernels->tiles(matrix->format, &run, tokens, count, scratch, buffer, rows);
+    else
+        kernels->rows[matrix->format][count - 1](&run, tokens, scratch, buffer, rows);
+    add_bias(kernels, matrix, group->slot, from, rows, count, buffer, rows);
+    for (int64_t m = 0; m < count; m++) {
+        int64_t assignment = plan->order[group->begin + skip + m];
+        int64_t row = in->out_rows ? read_index(in->out_rows, in->out_rows_wide, assignment)
+                                   : assignment;
+        kernels->narrow(in->format, buffer + m * rows, rows,
+                        in->out + (row * matrix->n + from) * (in->format ? 2 : 4));
+    }
+}
+
+static void prepare_tokens(const Plan *plan, float *scratch) {
+    const Inputs *in = plan->in;
+    int64_t k = plan->experts->gate_up.k;
+    for (;;) {
+        int64_t t = atomic_fetch_add(&plan->next[0], 1);
+        if (t >= in->num_tokens) return;
+        plan->kernels->widen(in->format, in->x + t * in->x_stride, k, scratch);
+        plan->kernels->prepare(plan->experts->gate_up.format, scratch, k, 0, k,
+                               plan->x_values + t * plan->values, plan->x_sums + t * plan->sums);
+    }
+}
+
+static Prepared token_of(const Plan *plan, int64_t position) {
+    const Inputs *in = plan->in;
+    int64_t t = read_index(in->token_idx, in->token_idx_wide, plan->order[position]);
+    return (Prepared){plan->x_values + t * plan->values, plan->x_sums + t * plan->sums};
+}
+
+static Prepared inner_of(const Plan *plan, int64_t row) {
+    return (Prepared){plan->h_values + row * plan->inner_values,
+                      plan->h_sums + row * plan->inner_sums};
+}
+
+static void prepare_inner(const Plan *plan, int64_t row, int64_t from, int64_t to) {
+    int64_t k = plan->experts->down.k;
+    plan->kernels->prepare(plan->experts->down.format, plan->h + row * k, k, from, to,
+                           plan->h_values + row * plan->inner_values,
+                           plan->h_sums + row * plan->inner_sums);
+}
+
+/* All experts with few tokens: jobs are parts of 128-chunks of gate and up rows, then of down rows. */
+static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float *buffer) {
+    int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
+    int64_t chunks = ceil_div(inner, CHUNK), parts = CHUNK / plan->sub;
+    for (;;) {
+        int64_t job = atomic_fetch_add(&plan->next[1], 1);
+        int64_t chunk = job / parts, g = chunk / chunks;
+        if (g >= plan->num_small) break;
+        const Group *group = &plan->groups[g];
+        int64_t start = chunk % chunks * CHUNK, from = start + job % parts * plan->sub;
+        int64_t rows = min64(plan->sub, inner - from);
+        if (rows > 0) {
+            Prepared tokens[MAX_ROW_TOKENS];
+            for (int64_t m = 0; m < group->count; m++) tokens[m] = token_of(plan, group->begin + m);
+            gate_and_up(plan, group->slot, from, rows, tokens, group->count, 0, scratch, buffer,
+                        plan->h + group->begin * inner + from, inner);
+        }
+        /* Whoever finishes a chunk last lays it out for the down rows. */
+        if (atomic_fetch_add(&plan->finished[chunk], 1) == parts - 1)
+            for (int64_t m = 0; m < group->count; m++)
+                prepare_inner(plan, group->begin + m, start, min64(start + CHUNK, inner));
+    }
+    barrier_wait(&plan->barrier, num_threads);
+    chunks = ceil_div(hidden, plan->sub);
+    for (;;) {
+        int64_t job = atomic_fetch_add(&plan->next[2], 1), g = job / chunks;
+        if (g >= plan->num_small) break;
+        const Group *group = &plan->groups[g];
+        int64_t from = job % chunks * plan->sub;
+        Prepared tokens[MAX_ROW_TOKENS];
+        for (int64_t m = 0; m < group->count; m++) tokens[m] = inner_of(plan, group->begin + m);
+        down(plan, group, 0, from, min64(plan->sub, hidden - from), tokens, group->count, 0,
+             scratch, buffer);
+    }
+}
+
+/* One expert, up to TOKENS_AT_ONCE of its tokens; `next` are this step's three job counters. */
+static void large_group(Plan *plan, const Group *group, int64_t skip, atomic_llong *next,
+                        int32_t num_threads, float *scratch, float *buffer) {
+    int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
+    int64_t count = min64(group->count - skip, TOKENS_AT_ONCE);
+    Prepared tokens[TOKENS_AT_ONCE];
+    for (int64_t m = 0; m < count; m++) tokens[m] = token_of(plan, group->begin + skip + m);
+    for (;;) {
+        int64_t from = atomic_fetch_add(&next[0], 1) * TILE_CHUNK;
+        if (from >= inner) break;
+        gate_and_up(plan, group->slot, from, min64(TILE_CHUNK, inner - from), tokens, count, 1,
+                    scratch, buffer, plan->h + from, inner);
+    }
+    barrier_wait(&plan->barrier, num_threads);
+    for (;;) {
+        int64_t row = atomic_fetch_add(&next[1], 1);
+        if (row >= count) break;
+        prepare_inner(plan, row, 0, inner);
+    }
+    barrier_wait(&plan->barrier, num_threads);
+    for (int64_t m = 0; m < count; m++) tokens[m] = inner_of(plan, m);
+    for (;;) {
+        int64_t from = atomic_fetch_add(&next[2], 1) * TILE_CHUNK;
+        if (from >= hidden) break;
+        down(plan, group, skip, from, min64(TILE_CHUNK, hidden - from), tokens, count, 1,
+             scratch, buffer);
+    }
+    barrier_wait(&plan->barrier, num_threads);
+}
+
+static void experts_body(void *context, int32_t thread, int32_t num_threads) {
+    Plan *plan = context;
+    float *scratch = plan->scratch + thread * plan->scratch_size;
+    float *buffer = scratch + plan->scratch_size - 2 * TOKENS_AT_ONCE * TILE_CHUNK;
+    int64_t step = 0;
+    prepare_tokens(plan, scratch);
+    barrier_wait(&plan->barrier, num_threads);
+    small_groups(plan, num_threads, scratch, buffer);
+    if (plan->num_small == plan->num_groups) return;
+    barrier_wait(&plan->barrier, num_threads);
+    for (int64_t g = plan->num_small; g < plan->num_groups; g++)
+        for (int64_t skip = 0; skip < plan->groups[g].count; skip += TOKENS_AT_ONCE, step++)
+            large_group(plan, &plan->groups[g], skip, plan->next + 3 + 3 * step, num_threads,
+                        scratch, buffer);
+}
+
+/* Sort the assignments by slot (stable) and list the groups, those with few tokens first. Returns the
+   number of steps that the others take, or -1 without memory. */
+static int64_t group_assignments(Plan *plan) {
+    const Inputs *in = plan->in;
+    int64_t num_slots = plan->experts->num_slots, n = in->num_assignments, steps = 0, at = 0;
+    int64_t *counts = calloc((size_t)num_slots + 1, sizeof *counts);
+    if (!counts) return -1;
+    for (int64_t i = 0; i < n; i++) counts[read_index(in->slot_ids, in->slot_ids_wide, i)]++;
+    for (int large = 0; large < 2; large++) {
+        for (int64_t slot = 0; slot < num_slots; slot++)
+            if (counts[slot] && (counts[slot] > MAX_ROW_TOKENS) == large) {
+                plan->groups[plan->num_groups++] = (Group){slot, at, counts[slot]};
+                at += counts[slot];
+                if (large) steps += ceil_div(counts[slot], TOKENS_AT_ONCE);
+            }
+        if (!large) plan->num_small = plan->num_groups;
+    }
+    for (int64_t g = 0; g < plan->num_groups; g++)
+        counts[plan->groups[g].slot] = plan->groups[g].begin;
+    for (int64_t i = 0; i < n; i++)
+        plan->order[counts[read_index(in->slot_ids, in->slot_ids_wide, i)]++] = i;
+    free(counts);
+    return steps;
+}
+
+static int check(const Experts *experts, const Inputs *in) {
+    for (int64_t i = 0; i < in->num_assignments; i++) {
+        int64_t token = read_index(in->token_idx, in->token_idx_wide, i);
+        int64_t slot = read_index(in->slot_ids, in->slot_ids_wide, i);
+        int64_t row = in->out_rows ? read_index(in->out_rows, in->out_rows_wide, i) : i;
+        if (token < 0 || token >= in->num_tokens) return BAD_TOKEN;
+        if (slot < 0 || slot >= experts->num_slots) return BAD_SLOT;
+        if (row < 0 || row >= in->num_out_rows) return BAD_ROW;
+    }
+    return OK;
+}
+
+static void *take(uint8_t **memory, int64_t bytes) {
+    uint8_t *start = *memory;
+    *memory += (bytes + 63) / 64 * 64;
+    return start;
+}
+
+int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t num_threads) {
+    const Kernels *kernels = active_kernels();
+    int64_t n = in->num_assignments, hidden = experts->down.n, inner = experts->down.k;
+    int status = check(experts, in);
+    if (status != OK || n == 0) return status;
+    Plan plan = {.kernels = kernels, .experts = experts, .in = in};
+    plan.values = kernels->values_size(experts->gate_up.format, hidden);
+    plan.sums = kernels->sums_size(experts->gate_up.format, hidden);
+    plan.inner_values = kernels->values_size(experts->down.format, inner);
+    plan.inner_sums = kernels->sums_size(experts->down.format, inner);
+    plan.groups = malloc(sizeof(Group) * (size_t)min64(n, experts->num_slots));
+    plan.order = malloc(sizeof(int64_t) * (size_t)n);
+    int64_t steps = plan.groups && plan.order ? group_assignments(&plan) : -1;
+    if (steps >= 0) {
+        int64_t small_rows = plan.num_small < plan.num_groups ? plan.groups[plan.num_small].begin : n;
+        int64_t rows = steps && small_rows < TOKENS_AT_ONCE ? TOKENS_AT_ONCE : small_rows;
+        int64_t chunks = plan.num_small * ceil_div(inner, CHUNK) + 1;
+        int64_t longest = hidden > inner ? hidden : inner;
+        plan.scratch_size = (kernels->tiles_scratch > longest ? kernels->tiles_scratch : longest) +
+                            longest / GROUP + 64 + 2 * TOKENS_AT_ONCE * TILE_CHUNK;
+        plan.sub = CHUNK;
+        while (plan.sub > 32 && chunks * (CHUNK / plan.sub) < 16 * num_threads) plan.sub /= 2;
+        int64_t sizes[] = {
+            4 * in->num_tokens * plan.values, 4 * in->num_tokens * plan.sums,
+            4 * rows * inner,                 4 * rows * plan.inner_values,
+            4 * rows * plan.inner_sums,       4 * num_threads * plan.scratch_size,
+            (int64_t)sizeof(atomic_int) * chunks, (int64_t)sizeof(atomic_llong) * (3 + 3 * steps)};
+        int64_t total = 64;
+        for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i] + 64;
+        uint8_t *memory = malloc((size_t)total), *at = memory;
+        if (!memory) {
+            steps = -1;
+        } else {
+            at += (64 - (uintptr_t)at % 64) % 64;
+            plan.x_values = take(&at, sizes[0]);
+            plan.x_sums = take(&at, sizes[1]);
+            plan.h = take(&at, sizes[2]);
+            plan.h_values = take(&at, sizes[3]);
+            plan.h_sums = take(&at, sizes[4]);
+            plan.scratch = take(&at, sizes[5]);
+            plan.finished = take(&at, sizes[6]);
+            plan.next = take(&at, sizes[7]);
+            memset(plan.finished, 0, (size_t)sizes[6]);
+            memset(plan.next, 0, (size_t)sizes[7]);
+            run_parallel(experts_body, &plan, num_threads);
+            free(memory);
+        }
+    }
+    free(plan.groups);
+    free(plan.order);
+    return steps < 0 ? NO_MEMORY : OK;
+}

@@ -1,0 +1,9 @@
+/* 128-bit row kernels for 64-bit ARM. Compiled and checked under emulation only. */
+#if defined(__aarch64__)
+#define W 4
+#define ISA_NEON
+#define KERNELS kernels_neon
+#define KERNELS_NAME "neon"
+#define AVAILABLE 1
+#include "rows.h"
+#endif

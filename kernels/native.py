@@ -1,0 +1,277 @@
+"""The native library: found, loaded with ctypes, and called with plain addresses.
+
+Knows the C descriptors of `csrc/outrider.h` and `csrc/dispatch.h`; chooses nothing but who lends the
+threads. Calls release the GIL and block until done.
+"""
+
+import ctypes
+from collections.abc import Mapping
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .activation import ACTIVATIONS
+from .quantization import FORMATS, GROUP_SIZE
+from .weights import ExpertWeights
+
+_FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
+_DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SCALE_PARTS = {"int8": "scale", "int4": "scale", "nf4": "absmax"}
+_STATUS = {
+    1: "token_idx holds a token that hidden_states has not",
+    2: "slot_ids holds a slot that the arena has not",
+    3: "out_rows holds a row that out has not",
+}
+
+
+class NativeArgumentError(ValueError):
+    """An index that points outside the tensors; nothing was computed."""
+
+
+class _Matrix(ctypes.Structure):
+    _fields_ = (
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("weight_stride", ctypes.c_int64),
+        ("scale_stride", ctypes.c_int64),
+        ("bias_stride", ctypes.c_int64),
+        ("n", ctypes.c_int64),
+        ("k", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("bias_format", ctypes.c_int32),
+    )
+
+
+class _Experts(ctypes.Structure):
+    _fields_ = (
+        ("gate_up", _Matrix),
+        ("down", _Matrix),
+        ("num_slots", ctypes.c_int64),
+        ("activation", ctypes.c_int32),
+        ("is_concatenated", ctypes.c_int32),
+    )
+
+
+class _Inputs(ctypes.Structure):
+    _fields_ = (
+        ("x", ctypes.c_void_p),
+        ("out", ctypes.c_void_p),
+        ("token_idx", ctypes.c_void_p),
+        ("slot_ids", ctypes.c_void_p),
+        ("out_rows", ctypes.c_void_p),
+        ("num_tokens", ctypes.c_int64),
+        ("x_stride", ctypes.c_int64),
+        ("num_assignments", ctypes.c_int64),
+        ("num_out_rows", ctypes.c_int64),
+        ("format", ctypes.c_int32),
+        ("token_idx_wide", ctypes.c_int32),
+        ("slot_ids_wide", ctypes.c_int32),
+        ("out_rows_wide", ctypes.c_int32),
+    )
+
+
+def library_path() -> Path | None:
+    """Where the built library lies, or None if installation found no compiler."""
+    for suffix in EXTENSION_SUFFIXES:
+        path = Path(__file__).with_name(f"_native{suffix}")
+        if path.exists():
+            return path
+    return None
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The loaded library, or None where there is none to load."""
+    path = library_path()
+    if path is None:
+        return None
+    try:
+        return load(path)
+    except OSError:
+        return None
+
+
+def load(path: Path) -> ctypes.CDLL:
+    """Load a build of `csrc` and declare its calls. Raises OSError as the loader does."""
+    lib = ctypes.CDLL(str(path))
+    pointer, wide, narrow = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    lib.outrider_expert_outputs.argtypes = [pointer, pointer, narrow]
+    lib.outrider_linear.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
+    lib.outrider_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, narrow, pointer]
+    lib.outrider_read.argtypes = [pointer, wide, narrow]
+    lib.outrider_read.restype = ctypes.c_float
+    lib.outrider_use_fork.argtypes = [pointer, pointer]
+    lib.outrider_use_fork.restype = None
+    lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
+    lib.outrider_isa.restype = ctypes.c_char_p
+    return lib
+
+
+def is_available() -> bool:
+    """Whether the native kernels can be called."""
+    return library() is not None
+
+
+def isa() -> str:
+    """Which kernels run: avx512, avx2, neon, generic, or `torch` without the library."""
+    lib = library()
+    return "torch" if lib is None else lib.outrider_isa().decode()
+
+
+def serves(weights: ExpertWeights) -> bool:
+    """Whether the native code computes these experts (else PyTorch does)."""
+    if library() is None or weights.is_transposed or weights.gate_up["weight"].device.type != "cpu":
+        return False
+    return serves_width(weights.fmt, weights.hidden_size) and serves_width(
+        weights.fmt, weights.intermediate_size
+    )
+
+
+def serves_width(fmt: str, k: int) -> bool:
+    """Whether rows of `k` weights can be streamed: nf4's flat blocks must not straddle rows."""
+    return k > 0 and (fmt != "nf4" or k % GROUP_SIZE == 0)
+
+
+_experts: WeakKeyDictionary[ExpertWeights, _Experts] = WeakKeyDictionary()
+
+
+def expert_outputs(
+    hidden_states: Tensor,
+    token_idx: Tensor,
+    slot_ids: Tensor,
+    weights: ExpertWeights,
+    *,
+    out: Tensor,
+    out_rows: Tensor | None,
+    num_threads: int,
+) -> None:
+    """Write every assignment's row of `out`. Raises NativeArgumentError for an index out of range."""
+    lib = _loaded()
+    descriptor = _experts.get(weights)
+    if descriptor is None:
+        descriptor = _experts[weights] = _describe(weights)
+    if hidden_states.stride(1) != 1:
+        hidden_states = hidden_states.contiguous()
+    token_idx, slot_ids = token_idx.contiguous(), slot_ids.contiguous()
+    rows = None if out_rows is None else out_rows.contiguous()
+    inputs = _Inputs(
+        x=hidden_states.data_ptr(),
+        out=out.data_ptr(),
+        token_idx=token_idx.data_ptr(),
+        slot_ids=slot_ids.data_ptr(),
+        out_rows=None if rows is None else rows.data_ptr(),
+        num_tokens=hidden_states.shape[0],
+        x_stride=hidden_states.stride(0) * hidden_states.element_size(),
+        num_assignments=token_idx.shape[0],
+        num_out_rows=out.shape[0],
+        format=_DTYPE_IDS[hidden_states.dtype],
+        token_idx_wide=token_idx.dtype == torch.int64,
+        slot_ids_wide=slot_ids.dtype == torch.int64,
+        out_rows_wide=rows is not None and rows.dtype == torch.int64,
+    )
+    _check(
+        lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads)
+    )
+
+
+def linear(
+    hidden_states: Tensor,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    *,
+    fmt: str,
+    bias: Tensor | None,
+    out: Tensor,
+    num_threads: int,
+) -> None:
+    """out [T, N] = hidden_states [T, K] times the contiguous [N, K] matrix in `parts`, plus bias."""
+    one = {name: part.unsqueeze(0) for name, part in parts.items()}
+    matrix = _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
+    _check(
+        _loaded().outrider_linear(
+            ctypes.byref(matrix),
+            hidden_states.data_ptr(),
+            out.data_ptr(),
+            hidden_states.shape[0],
+            hidden_states.stride(0) * hidden_states.element_size(),
+            _DTYPE_IDS[hidden_states.dtype],
+            num_threads,
+        )
+    )
+
+
+def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor) -> None:
+    """out [T, H] = the fixed-order sum of contiguous outputs [T, K, H]; weights fp32, ids int64."""
+    num_tokens, top_k, hidden = outputs.shape
+    _check(
+        _loaded().outrider_combine(
+            outputs.data_ptr(),
+            topk_weights.data_ptr(),
+            topk_ids.data_ptr(),
+            num_tokens,
+            top_k,
+            hidden,
+            _DTYPE_IDS[outputs.dtype],
+            out.data_ptr(),
+        )
+    )
+
+
+def read(tensor: Tensor, *, num_threads: int) -> None:
+    """Read a contiguous tensor's bytes once and throw them away: the benchmark's yardstick."""
+    _loaded().outrider_read(
+        tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads
+    )
+
+
+def _loaded() -> ctypes.CDLL:
+    lib = library()
+    assert lib is not None
+    return lib
+
+
+def _check(status: int) -> None:
+    if status == 4:
+        raise MemoryError("the native kernels could not allocate their working memory")
+    if status:
+        raise NativeArgumentError(_STATUS[status])
+
+
+def _describe(weights: ExpertWeights) -> _Experts:
+    hidden, intermediate = weights.hidden_size, weights.intermediate_size
+    return _Experts(
+        gate_up=_matrix(
+            weights.gate_up, weights.gate_up_bias, (2 * intermediate, hidden), fmt=weights.fmt
+        ),
+        down=_matrix(weights.down, weights.down_bias, (hidden, intermediate), fmt=weights.fmt),
+        num_slots=weights.num_slots,
+        activation=ACTIVATIONS.index(weights.activation),
+        is_concatenated=weights.is_concatenated,
+    )
+
+
+def _matrix(
+    parts: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], *, fmt: str
+) -> _Matrix:
+    weight = parts["weight"]
+    matrix = _Matrix(
+        weight=weight.data_ptr(),
+        weight_stride=weight.stride(0) * weight.element_size(),
+        n=shape[0],
+        k=shape[1],
+        format=_FORMAT_IDS[fmt],
+    )
+    if fmt in _SCALE_PARTS:
+        scale = parts[_SCALE_PARTS[fmt]]
+        matrix.scale = scale.data_ptr()
+        matrix.scale_stride = scale.stride(0) * scale.element_size()
+    if bias is not None:
+        matrix.bias = bias.data_ptr()
+        matrix.bias_stride = bias.stride(0) * bias.element_size()
+        matrix.bias_format = _DTYPE_IDS[bias.dtype]
+    return matrix
