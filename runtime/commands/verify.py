@@ -32,11 +32,11 @@ def verify(
             }
         )
     if damaged:
-        first = damaged[0]
+        shards = sorted({opened.layout(key).extents[0].file.name for key in damaged})
         raise InvalidDataError(
-            f"{store}: {len(damaged)} of {opened.shape.num_routed_experts} experts are damaged, "
-            f"first: layer {first.layer_idx}, expert {first.expert_idx}; pack the model again into "
-            "this folder, which mends damaged shards"
+            f"{store}: {len(damaged)} of {opened.shape.num_routed_experts} experts are damaged, in "
+            f"{', '.join(shards)}; delete these files and pack the model into this folder again, "
+            "which makes the missing ones anew"
         )
     if not json:
         typer.echo(f"{store}: all {opened.shape.num_routed_experts} experts are sound")
