@@ -17,6 +17,7 @@ from .clusters import Clustering
 
 ANALYSIS_VERSION = 1
 ANALYSIS_NAME = "expert_analysis.json"
+MAX_JOINT_EXPERTS = 128
 
 
 class ExpertPair(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -96,6 +97,7 @@ class LayerFigures(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     unique_pairs: int
     top_pairs: list[ExpertPair]
     top_lifts: list[ExpertPair]
+    joint: list[list[int]] | None
     dataset_information: float
     token_information: float
     previous_overlap: float

@@ -12,6 +12,7 @@ from .clusters import Clustering
 from .contexts import ExpertContexts
 from .counts import RoutingCounts
 from .document import (
+    MAX_JOINT_EXPERTS,
     DatasetFigures,
     ExpertFigures,
     ExpertPair,
@@ -65,6 +66,7 @@ def layer_figures(
         unique_pairs=int((counts.top_pairs[layer_idx] > 0).sum()),
         top_pairs=_pairs(joint, tokens, by_lift=False),
         top_lifts=_pairs(joint, tokens, by_lift=True),
+        joint=joint.tolist() if len(joint) <= MAX_JOINT_EXPERTS else None,
         dataset_information=_round(mutual_information(counts.usage[:, layer_idx])),
         token_information=_round(mutual_information(counts.token_usage[layer_idx])),
         previous_overlap=_round(counts.overlap[layer_idx] / max(counts.overlap_tokens * top_k, 1)),
