@@ -15,10 +15,13 @@ import numpy as np
 
 from ..errors import TransferError
 from .layout import BLOCK_ALIGN, Extent, align_up
+from .memory import map_memory
 
 MAX_RETRIES = 2
 RETRIED_ERRNOS = frozenset({errno.EIO, errno.EAGAIN})
 FIRST_BACKOFF_S = 0.01
+
+LARGE_PAGE = 2 << 20
 
 
 def split_extents(extents: Sequence[Extent], piece_bytes: int) -> list[Extent]:
@@ -146,7 +149,7 @@ class FileReader:
             return None
         try:
             # Some file systems accept the flag and refuse the read.
-            os.preadv(descriptor, [aligned_buffer(BLOCK_ALIGN)], 0)
+            os.preadv(descriptor, [memoryview(mmap.mmap(-1, BLOCK_ALIGN))], 0)
         except OSError:
             os.close(descriptor)
             if self._direct:
@@ -164,6 +167,7 @@ class FileReader:
             self._files.clear()
 
 
-def aligned_buffer(nbytes: int) -> memoryview:
-    """Writable page-aligned memory, freed with the last view of it."""
-    return memoryview(mmap.mmap(-1, nbytes))
+def bounce_buffer(piece_bytes: int) -> memoryview:
+    """What a thread needs to read pieces of `piece_bytes` at any offset; page-aligned."""
+    # Rounded up so that one large page can hold it.
+    return memoryview(map_memory(align_up(piece_bytes + 2 * BLOCK_ALIGN, LARGE_PAGE)))

@@ -6,7 +6,6 @@ Knows neither experts nor who uses a slot: ExpertCache decides, transfers write,
 import math
 import mmap
 from collections.abc import Mapping
-from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +13,7 @@ import torch
 
 from ..errors import InsufficientMemoryError
 from .layout import BLOCK_ALIGN, VIEW_ALIGN, TensorView
+from .memory import map_memory
 
 
 class SlotArena:
@@ -48,11 +48,7 @@ class SlotArena:
         self._memory: mmap.mmap | None = None
         try:
             if self.device.type == "cpu":
-                self._memory = mmap.mmap(-1, total)
-                if hasattr(mmap, "MADV_HUGEPAGE"):
-                    # Direct reads pin pages one by one; a kernel built without them says EINVAL.
-                    with suppress(OSError):
-                        self._memory.madvise(mmap.MADV_HUGEPAGE)
+                self._memory = map_memory(total)
                 arena = torch.frombuffer(self._memory, dtype=torch.uint8)
             else:
                 arena = torch.empty(total, dtype=torch.uint8, device=self.device)

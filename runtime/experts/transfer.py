@@ -18,7 +18,7 @@ from ...collect.schema import ExpertKey
 from ..errors import TransferError
 from .cache import Kind, Slot
 from .layout import BLOCK_ALIGN, ExpertLayout, ExpertSource, Extent
-from .reader import FileReader, aligned_buffer, split_extents
+from .reader import FileReader, bounce_buffer, split_extents
 
 logger = logging.getLogger(__name__)
 
@@ -261,7 +261,7 @@ class ThreadTransfer:
 
     def _work(self) -> None:
         try:
-            bounce = aligned_buffer(self._piece_bytes + 2 * BLOCK_ALIGN)
+            bounce = bounce_buffer(self._piece_bytes)
             while (taken := self._take()) is not None:
                 self._read(*taken, bounce)
         except BaseException:
@@ -334,7 +334,7 @@ class ThreadTransfer:
             )
 
     def _run_here(self, copy: _Copy) -> None:
-        bounce = aligned_buffer(self._piece_bytes + 2 * BLOCK_ALIGN)
+        bounce = bounce_buffer(self._piece_bytes)
         while copy.pieces:
             with self._changed:
                 piece = copy.pieces.popleft()
