@@ -173,7 +173,10 @@ class Prefetcher:
         return transfer
 
     def end_step(self, *, stall_s: float, on_demand_bytes: int) -> None:
-        """One step is over, in which compute waited `stall_s` and misses took these bytes."""
+        """A decode step is over, in which compute waited `stall_s` and misses took these bytes.
+
+        Not for prefills: their stalls would be compared with those of single tokens.
+        """
         self._on_demand_bytes += SMOOTHING * (on_demand_bytes - self._on_demand_bytes)
         self._issued_bytes = 0
         if self._controller is not None:
