@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
 
 from .document import Analysis, LayerFigures
 from .measures import lift
@@ -144,7 +145,7 @@ def specialization(analysis: Analysis) -> Figure:
         ]
         left.bar(layers + offset, part, width=0.4, color=color, label=label)
     left.set_xticks(_few(len(layers)))
-    left.yaxis.set_major_formatter("{x:.0%}")
+    left.yaxis.set_major_formatter(PercentFormatter(1))
     _label(left, "MoE layer", "of the choice explained")
     left.legend(fontsize=8.5, frameon=False)
     chosen = max(analysis.layers, key=lambda layer: layer.dataset_information).layer_idx
@@ -179,12 +180,15 @@ def reuse(analysis: Analysis) -> Figure:
     gaps = np.array(
         [layer.reuse_gaps + [0.0] * (bins - len(layer.reuse_gaps)) for layer in analysis.layers]
     )
+    # Beyond the bins that hold 99.9 % of the uses only the axis would grow.
+    bins = min(bins, int(np.searchsorted(np.cumsum(gaps.mean(axis=0)), 0.999)) + 1)
+    gaps = gaps[:, :bins]
     left.bar(range(bins), gaps.mean(axis=0), color=BLUE, width=0.75)
     spread = np.stack([gaps.mean(0) - gaps.min(0), gaps.max(0) - gaps.mean(0)])
     left.errorbar(range(bins), gaps.mean(axis=0), yerr=spread, fmt="none", ecolor="#444", lw=0.8)
     names = [str(2**i) if i == 0 else f"{2**i}-{2 ** (i + 1) - 1}" for i in range(bins)]
     left.set_xticks(range(bins), names, rotation=60, fontsize=8)
-    left.yaxis.set_major_formatter("{x:.0%}")
+    left.yaxis.set_major_formatter(PercentFormatter(1))
     _label(left, "tokens since the last use", "share of uses (lines: over layers)")
     own = np.array([layer.lru_hit_rate for layer in analysis.layers])
     budget = np.linspace(0, 1, own.shape[1])
@@ -193,8 +197,8 @@ def reuse(analysis: Analysis) -> Figure:
     slots = np.array(analysis.lru.slots) / analysis.shape.num_routed_experts
     right.plot(slots, analysis.lru.hit_rate, color=ORANGE, label="one cache for all layers")
     right.plot([0, 1], [0, 1], color=GREY, ls="--", lw=1, label="uses at random")
-    right.xaxis.set_major_formatter("{x:.0%}")
-    right.yaxis.set_major_formatter("{x:.0%}")
+    right.xaxis.set_major_formatter(PercentFormatter(1))
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     _label(right, "experts that fit into the cache", "LRU hit rate")
     right.legend(fontsize=8.5, frameon=False, loc="lower right")
     return figure
@@ -222,7 +226,7 @@ def predictability(analysis: Analysis) -> Figure:
     axes.axhline(shape.top_k / shape.num_experts, color=GREY, ls="--", lw=1, label="chance: k / E")
     axes.set_xticks(_few(len(layers)))
     axes.set_ylim(0, None)
-    axes.yaxis.set_major_formatter("{x:.0%}")
+    axes.yaxis.set_major_formatter(PercentFormatter(1))
     _label(axes, "MoE layer", f"recall at {shape.top_k}")
     axes.legend(fontsize=8.5, frameon=False, ncols=2)
     return figure
@@ -235,12 +239,12 @@ def drift(analysis: Analysis) -> Figure:
     parts = np.arange(1, len(analysis.coverage_over_time) + 1) / len(analysis.coverage_over_time)
     left.plot(parts, analysis.coverage_over_time, color=BLUE)
     left.set_ylim(0, 1.03)
-    left.xaxis.set_major_formatter("{x:.0%}")
-    left.yaxis.set_major_formatter("{x:.0%}")
+    left.xaxis.set_major_formatter(PercentFormatter(1))
+    left.yaxis.set_major_formatter(PercentFormatter(1))
     _label(left, "of the collection", "experts met so far")
     over_time = np.array([layer.drift_over_time for layer in analysis.layers])
     _band(middle, parts, over_time, ORANGE)
-    middle.xaxis.set_major_formatter("{x:.0%}")
+    middle.xaxis.set_major_formatter(PercentFormatter(1))
     _label(middle, "of the collection", "drift of usage (bits)")
     in_text = np.array([layer.drift_in_text for layer in analysis.layers])
     _band(right, np.arange(1, in_text.shape[1] + 1), in_text, GREEN)
@@ -259,11 +263,11 @@ def compared(analyses: Mapping[str, Analysis]) -> Figure:
         most = np.log2(max(analysis.shape.num_experts, 2))
         values = [layer.routing_entropy / most for layer in analysis.layers]
         right.plot(depth, values, marker="o", ms=4, color=color, label=name)
-    left.xaxis.set_major_formatter("{x:.0%}")
-    left.yaxis.set_major_formatter("{x:.0%}")
+    left.xaxis.set_major_formatter(PercentFormatter(1))
+    left.yaxis.set_major_formatter(PercentFormatter(1))
     _label(left, "experts that fit into one cache", "LRU hit rate")
     right.set_xticks([0, 1], ["first", "last"])
-    right.yaxis.set_major_formatter("{x:.0%}")
+    right.yaxis.set_major_formatter(PercentFormatter(1))
     _label(right, "MoE layer", "entropy of usage, of the most possible")
     left.legend(fontsize=8.5, frameon=False, loc="lower right")
     return figure

@@ -121,6 +121,7 @@ def _render(template: str, **values: Any) -> str:
     environment = Environment(
         loader=DictLoader(sources), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
+    environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     environment.filters["percent"] = lambda value: f"{value:.1%}"
     environment.filters["bits"] = lambda value: "-" if value is None else f"{value:.2f}"
     environment.filters["count"] = lambda value: f"{value:,}"
