@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from ..collect.schema import ExpertKey
 from .errors import TransferError
-from .experts.cache import ExpertCache, Kind, Lease, Slot, SlotState
+from .experts.cache import ExpertCache, Kind, Slot
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import Transfer, TransferEngine
 from .stats import ExpertTraffic
@@ -44,7 +44,7 @@ class Acquisition:
         self._ready: list[tuple[ExpertKey, Slot]] = []
         self._in_flight: deque[Transfer] = deque()
         self._missing: deque[ExpertKey] = deque()
-        self._leases: list[Lease] = []
+        self._lease = cache.pin(())
         self.stall_s = 0.0
         self.num_failed_prefetches = 0
 
@@ -92,7 +92,7 @@ class Acquisition:
                 self._submit()
 
     def _hand_out(self, key: ExpertKey, slot: Slot) -> None:
-        self._leases.append(self._cache.pin([key]))
+        self._lease.add(key)
         self._ready.append((key, slot))
 
     def _submit(self) -> None:
@@ -140,14 +140,8 @@ class Acquisition:
 
     def _release(self) -> None:
         # Experts that are ready but not handed out yet stay pinned.
-        held = {key for key, _ in self._ready}
-        kept: list[Lease] = []
-        for lease in self._leases:
-            if held.isdisjoint(lease.slots):
-                lease.release()
-            else:
-                kept.append(lease)
-        self._leases = kept
+        computed, self._lease = self._lease, self._cache.pin(key for key, _ in self._ready)
+        computed.release()
 
     def __exit__(self, *_: object) -> None:
         while self._in_flight:
@@ -162,6 +156,4 @@ class Acquisition:
                 self._cache.abandon(copy.slot)
             else:
                 self._cache.commit(copy.slot)
-        for lease in self._leases:
-            lease.release()
-        self._leases = []
+        self._lease.release()

@@ -78,9 +78,7 @@ class ExpertExecutor:
         known; the reads that this starts run while the first layers compute.
         """
         self._step = step
-        self._observers = [
-            one for one in observers if not any(one.predictor is bad for bad in self._failed)
-        ]
+        self._observers = self._useful(observers)
         self._traffic = ExpertTraffic()
         self._stall_s = 0.0
         self._before = replace(self.cache.counters)
@@ -88,6 +86,12 @@ class ExpertExecutor:
         self._offer([self._ask(one, "before_token", one.token_id, 1) for one in decoding])
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
+
+    def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
+        # With every expert in its slot there is nothing left to forecast.
+        if self.cache.num_ready == self.shape.num_routed_experts:
+            return []
+        return [one for one in observers if not any(one.predictor is bad for bad in self._failed)]
 
     def end_step(self) -> tuple[ExpertTraffic, float]:
         """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
@@ -139,10 +143,13 @@ class ExpertExecutor:
                     out=outputs,
                 )
         self._stall_s += acquisition.stall_s
-        self._observe(layer_idx, ids, topk_weights, hidden_states)
+        if self._observers:
+            self._observe(layer_idx, ids, topk_weights, hidden_states)
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
 
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        if not self._observers:
+            return
         self._offer(
             [
                 self._ask(
@@ -192,9 +199,15 @@ def _rows_by_expert(ids: np.ndarray) -> dict[int, torch.Tensor]:
     """Flat positions t * K + k by expert, experts ascending and positions ascending."""
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
-    experts, starts = np.unique(flat[order], return_index=True)
-    pieces = np.split(order, starts[1:])
-    return {int(e): torch.from_numpy(piece) for e, piece in zip(experts, pieces, strict=True)}
+    positions = torch.from_numpy(order)
+    experts = flat[order].tolist()
+    if ids.shape[0] == 1:  # a token's experts are distinct: one position each
+        return dict(zip(experts, positions.split(1), strict=True))
+    starts = [0, *(np.flatnonzero(np.diff(flat[order])) + 1).tolist(), len(experts)]
+    return {
+        experts[start]: positions[start:end]
+        for start, end in zip(starts, starts[1:], strict=False)
+    }
 
 
 def _union(forecasts: list[Forecast]) -> list[Forecast]:

@@ -134,6 +134,11 @@ class ExpertCache:
         """Prefetches that `prefetch_limit` allows on top of those under way."""
         return self.prefetch_limit - self._num_ahead
 
+    @property
+    def num_ready(self) -> int:
+        """Slots that hold an expert to be read."""
+        return len(self._entries) - self._num_loading
+
     def lookup(self, key: ExpertKey) -> Slot | None:
         """The slot of a READY expert; None if it is absent or still LOADING."""
         entry = self._entries.get(key)
