@@ -57,6 +57,7 @@ class ModelRunner:
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self._device),
                 position_ids=torch.tensor([positions], device=self._device),
+                past_key_values=self._attention.past,
                 use_cache=False,
                 logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
             )

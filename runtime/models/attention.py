@@ -1,9 +1,9 @@
-"""Attention over a ragged batch: rows of several sequences side by side, each with its own KV cache.
+"""Attention over a ragged batch: rows of several sequences side by side, each with its own cache.
 
 The model runs on one row of tokens, [1, T]; every sequence's rows attend to that sequence's keys
 alone, with the shapes it would have if it were alone. So there is no padding, a prompt can be
 prefilled in pieces next to running streams, and no mask is built for single tokens. Plugs into
-transformers' attention interface and knows nothing of experts.
+transformers' attention, mask and cache interfaces and knows nothing of experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,15 +13,19 @@ from typing import Any
 
 import torch
 from torch.nn import functional
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..errors import UnsupportedModelError
 
 ATTENTION_IMPLEMENTATION = "outrider"
 _GROWTH_TOKENS = 256
+# What stands for a mask is its sliding window; this stands for none.
+_NO_WINDOW = -1
 # What attention functions are handed and what this one does; anything else would change the result.
 _HARMLESS_ARGUMENTS = frozenset(
     {"position_ids", "is_causal", "output_attentions", "use_cache", "cache_position"}
+    | {"sliding_window", "past_key_values"}
     | {"output_router_logits", "output_hidden_states", "return_dict", "logits_to_keep"}
 )
 
@@ -83,10 +87,53 @@ class Span:
     end: int
 
 
+class NoOtherState:
+    """What a model is given as its cache: keys and values pass through, anything else is refused.
+
+    A layer with a state of its own (recurrent, compressed, an index of keys) would otherwise run
+    without its past and be silently wrong.
+    """
+
+    is_sliding = ()
+    is_linear = ()
+    is_compileable = False
+
+    def __init__(self, family: str) -> None:
+        self._family = family
+
+    def update(
+        self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The rows as they are: `SequenceKv` keeps them, in the attention function."""
+        return keys, values
+
+    def get_seq_length(self, *_: Any, **__: Any) -> int:
+        """0: positions are handed to the model."""
+        return 0
+
+    def get_query_offset(self, *_: Any, **__: Any) -> int:
+        """0, for a mask that is not built."""
+        return 0
+
+    def get_mask_sizes(self, num_queries: int, *_: Any, **__: Any) -> tuple[int, int]:
+        """Keys and their offset, for a mask that is not built."""
+        return num_queries, 0
+
+    def __getattr__(self, name: str) -> Any:
+        raise UnsupportedModelError(
+            f"{self._family!r}: a layer keeps its past by {name!r}; outrider keeps keys and values "
+            "only, so layers with another kind of state are not supported"
+        )
+
+
 class RaggedAttention:
-    """The attention function of one model; `over(spans)` says whose rows a forward pass holds."""
+    """The attention function of one model; `over(spans)` says whose rows a forward pass holds.
+
+    `past` is what the model is to be given as `past_key_values`.
+    """
 
     def __init__(self, model: Any) -> None:
+        self.past = NoOtherState(model.config.model_type)
         self._spans: Sequence[Span] = ()
         self._num_calls = 0
         self._num_layers = model.config.num_hidden_layers
@@ -95,6 +142,7 @@ class RaggedAttention:
             if hasattr(module, "layer_idx"):
                 module.outrider_attention = self
         ALL_ATTENTION_FUNCTIONS.register(ATTENTION_IMPLEMENTATION, _dispatch)
+        ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_IMPLEMENTATION, _window_of_mask)
         # Assigned on the config since `set_attn_implementation` first tries to find a hub kernel.
         model.config._attn_implementation = ATTENTION_IMPLEMENTATION
 
@@ -130,6 +178,12 @@ class RaggedAttention:
     ) -> torch.Tensor:
         """[1, heads, T, dim] queries and new keys and values -> [1, T, heads, dim]."""
         self._num_calls += 1
+        num_rows = self._spans[-1].end
+        if not query.shape[2] == key.shape[2] == value.shape[2] == num_rows:
+            raise UnsupportedModelError(
+                f"{self._family!r}: attention of {query.shape[2]} queries over {key.shape[2]} new "
+                f"keys in a pass of {num_rows} tokens, which outrider's attention does not do"
+            )
         rows = [
             _attend_one(
                 query[:, :, span.start : span.end],
@@ -148,6 +202,24 @@ class RaggedAttention:
         return joined.transpose(1, 2).contiguous()
 
 
+def _window_of_mask(
+    *, config: Any, local_size: int | None = None, use_vmap: bool = False, **kwargs: Any
+) -> torch.Tensor:
+    """Called in place of building a mask: [1, 1, 1, 1], the sliding window of the layers it is for.
+
+    The window is taken from here and not from what attention functions are handed, since some
+    families say it in the mask alone.
+    """
+    is_plain = not use_vmap and "allow_is_bidirectional_skip" not in kwargs
+    if not is_plain or getattr(config, "attention_chunk_size", None):
+        raise UnsupportedModelError(
+            f"{config.model_type!r}: its attention masks are neither causal nor causal within a "
+            "sliding window, which outrider's attention does not do"
+        )
+    # Four dimensions, so that a family that slices its mask reaches the refusals below.
+    return torch.tensor([[[[_NO_WINDOW if local_size is None else local_size]]]])
+
+
 def _dispatch(
     module: Any,
     query: torch.Tensor,
@@ -157,7 +229,6 @@ def _dispatch(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
     s_aux: torch.Tensor | None = None,
     sinks: torch.Tensor | None = None,
     **kwargs: Any,
@@ -167,11 +238,17 @@ def _dispatch(
         for name, argument in kwargs.items()
         if argument is not None and name not in _HARMLESS_ARGUMENTS
     )
-    if unknown or attention_mask is not None or dropout:
+    is_ours = (
+        attention_mask is not None
+        and attention_mask.numel() == 1
+        and attention_mask.dtype == torch.int64
+    )
+    if unknown or not is_ours or dropout:
         raise UnsupportedModelError(
-            f"{module.config.model_type!r}: its attention wants {unknown or 'a mask or dropout'}, "
-            "which outrider's attention does not do"
+            f"{module.config.model_type!r}: its attention wants "
+            f"{unknown or 'a mask of its own or dropout'}, which outrider's attention does not do"
         )
+    window = int(attention_mask)
     attention: RaggedAttention = module.outrider_attention
     return attention.attend(
         module,
@@ -179,7 +256,7 @@ def _dispatch(
         key,
         value,
         scaling=scaling,
-        sliding_window=sliding_window,
+        sliding_window=None if window == _NO_WINDOW else window,
         sinks=s_aux if s_aux is not None else sinks,
     ), None
 
@@ -219,9 +296,7 @@ def _attend_one(
     )
 
 
-def _causal_mask(
-    query: torch.Tensor, num_keys: int, *, sliding_window: int | None
-) -> torch.Tensor:
+def _causal_mask(query: torch.Tensor, num_keys: int, *, sliding_window: int | None) -> torch.Tensor:
     num_queries = query.shape[2]
     positions = torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
     columns = torch.arange(num_keys, device=query.device)[None, :]

@@ -54,7 +54,9 @@ def rotate(config, x):
     theta^(-2i/d).
     """
     half = x.shape[-1] // 2
-    frequency = config["rope_theta"] ** (-torch.arange(half, dtype=torch.float64) / half)
+    # Published configurations have the first form, those that transformers 5 saves the second.
+    theta = config.get("rope_theta") or config["rope_parameters"]["rope_theta"]
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
     turn = torch.polar(torch.ones(()).double(), torch.arange(x.shape[1])[:, None] * frequency)
     turned = torch.complex(x[..., :half].double(), x[..., half:].double()) * turn
     return torch.cat([turned.real, turned.imag], -1).to(x.dtype)
