@@ -1,4 +1,4 @@
-"""The geometry checkpoint: a small DeepSeek-MoE widened to real sizes without changing its function.
+"""The geometry checkpoint: a small DeepSeek-MoE widened to real sizes, its function unchanged.
 
 Knows how each tensor of the family is padded so that what is added only ever meets zeros. Knows
 nothing of engines or speed; `widening` does the padding, `shards` the files.
@@ -8,8 +8,9 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import ceil
 from pathlib import Path
 
@@ -192,19 +193,15 @@ def _plan(
     def add(source_name: str, name: str, leaf: str) -> None:
         record = checkpoint.tensors[source_name]
         shape, fill = _target(leaf, record.shape, sizes, config=config, head_dim=head_dim)
-        filler = Filler(seed, name)
         if fill is Fill.NORM:
-            ratio = sizes.hidden / config["hidden_size"]
             dtype = torch.float32
-
-            def chunks():
-                yield widen_norm(checkpoint.read(source_name), shape[0], ratio=ratio)
+            ratio = sizes.hidden / config["hidden_size"]
+            chunks = partial(_norm, checkpoint, source_name, size=shape[0], ratio=ratio)
         else:
             dtype = record.dtype
-
-            def chunks():
-                return widen_matrix(checkpoint.read(source_name), shape, fill=fill, filler=filler)
-
+            chunks = partial(
+                _matrix, checkpoint, source_name, shape=shape, fill=fill, key=(seed, name)
+            )
         if len(shape) != len(record.shape) or any(
             new < old for new, old in zip(shape, record.shape, strict=True)
         ):
@@ -228,6 +225,16 @@ def _plan(
     add_outer("model.norm.")
     add_outer("lm_head.")
     return plan
+
+
+def _norm(checkpoint: Checkpoint, name: str, *, size: int, ratio: float) -> Iterator[torch.Tensor]:
+    yield widen_norm(checkpoint.read(name), size, ratio=ratio)
+
+
+def _matrix(
+    checkpoint: Checkpoint, name: str, *, shape: tuple[int, ...], fill: Fill, key: tuple[int, str]
+) -> Iterator[torch.Tensor]:
+    yield from widen_matrix(checkpoint.read(name), shape, fill=fill, filler=Filler(*key))
 
 
 def _target(

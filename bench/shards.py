@@ -59,7 +59,7 @@ def write_shards(
                 written = 0
                 for chunk in tensor.chunks():
                     raw = chunk.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    file.write(memoryview(raw))
+                    file.write(raw.data)
                     written += raw.nbytes
                 if written != tensor.nbytes:
                     raise ValueError(f"{tensor.name}: {written} bytes made of {tensor.nbytes}")

@@ -6,8 +6,6 @@ import platform
 import time
 from pathlib import Path
 
-import torch
-
 _MEMORY_BYTES = 256 << 20
 _DISK_BYTES = 256 << 20
 _DISK_PIECE_BYTES = 4 << 20
@@ -26,6 +24,9 @@ def cpu_name() -> str:
 
 def memory_read_bandwidth() -> float:
     """Bytes/s of a plain read by all of torch's threads; best of 3 over 256 MiB. Blocks."""
+    # Naming the processor takes no torch, and the benchmark's own process has none.
+    import torch
+
     block = torch.ones(_MEMORY_BYTES // 8, dtype=torch.int64)
     times = []
     for _ in range(_REPETITIONS):

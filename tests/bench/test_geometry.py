@@ -1,4 +1,4 @@
-"""A widened checkpoint is the same function of real size: checked against transformers and on bytes."""
+"""A widened checkpoint is the same function at real sizes, and its bytes are dense."""
 
 import json
 from pathlib import Path

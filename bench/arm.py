@@ -1,0 +1,288 @@
+"""One way of running the model, ready to be timed: the protocol, and the engine as an arm.
+
+An arm loads once, then decodes the same passages as often as it is told. Knows nothing of the other
+arms or of statistics. Another system joins by a class with these methods and a line in
+`worker.ARMS`.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from ..collect.schema import ExpertKey
+from ..runtime.config import EngineConfig
+from ..runtime.engine import Engine
+from ..runtime.experts.cache import Kind
+from ..runtime.models import adapter
+from ..runtime.models.loading import resolve_folder
+from ..runtime.request import GenerationRequest
+from ..runtime.sampler import SampledToken, Sampler, SamplerState
+from ..runtime.stats import ExpertTraffic
+from ..runtime.tier import build_tier
+from .link import drop_page_cache
+from .records import Measurement, Passage, Recording, Subject
+from .roofline import Pass
+
+
+class Arm(Protocol):
+    """Blocks in every call. Errors are OutriderErrors."""
+
+    def load(self) -> Subject: ...
+
+    def encode(self, texts: list[str]) -> list[list[int]]: ...
+
+    def record(self, passages: list[Passage]) -> Recording: ...
+
+    def prepare(self, is_cold: bool) -> float:
+        """Get ready for a timed run: cold means slots empty and the model's files not cached.
+
+        Returns the share of probed pages that the system kept in its cache all the same.
+        """
+        ...
+
+    def run(self, passages: list[Passage]) -> Measurement: ...
+
+    def close(self) -> None: ...
+
+
+class EngineArm:
+    """outrider's engine. `is_filled`: every expert is read before anything is timed, and stays."""
+
+    def __init__(
+        self,
+        *,
+        model: str | None,
+        options: dict[str, Any],
+        store: str | None = None,
+        is_filled: bool = False,
+    ) -> None:
+        self._model = model
+        self._config = EngineConfig(**options)
+        self._store = None if store is None else Path(store)
+        self._is_filled = is_filled
+        self._opened: Engine | None = None
+
+    @property
+    def _engine(self) -> Engine:
+        assert self._opened is not None, "load comes first"
+        return self._opened
+
+    def load(self) -> Subject:
+        """Load the model, and the experts where the arm holds them all."""
+        self._opened = Engine.from_config(self._config, model=self._model, store=self._store)
+        if self._is_filled:
+            _fill(self._engine)
+        engine, loaded, source = self._engine, self._engine.loaded, self._engine.tier.source
+        shape = source.shape
+        expert_bytes = source.layout(ExpertKey(0, 0)).bytes_read
+        routed = shape.num_moe_layers * shape.top_k * expert_bytes
+        return Subject(
+            model=str(resolve_folder(self._model, revision=self._config.revision)),
+            fingerprint=shape.fingerprint,
+            format=source.format,
+            dtype=str(loaded.dtype).removeprefix("torch."),
+            device=str(loaded.device),
+            predictor=engine.tier.predictor_name,
+            prefetch=self._config.prefetch,
+            eviction=self._config.eviction,
+            num_moe_layers=shape.num_moe_layers,
+            num_experts=shape.num_experts,
+            top_k=shape.top_k,
+            num_slots=engine.tier.num_slots,
+            budget_bytes=engine.tier.num_slots * source.nbytes,
+            expert_bytes=expert_bytes,
+            active_bytes=_dense_bytes_per_token(engine) + routed,
+            num_threads=torch.get_num_threads(),
+            load_s=engine.load_s,
+            files=[str(file) for file in self._files()],
+        )
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        """Token ids as the engine makes them of a prompt."""
+        return [list(self._engine.tokenizer(text)["input_ids"]) for text in texts]
+
+    def record(self, passages: list[Passage]) -> Recording:
+        """Run untimed, writing down what the routers chose."""
+        loaded, executor = self._engine.loaded, self._engine.tier.executor
+        recorder = _RoutingRecorder(executor.forward)
+        digest = xxhash.xxh3_64()
+        adapter.install(loaded.model, loaded.layers, recorder.forward)
+        try:
+            chosen = []
+            for passage in passages:
+                recorder.is_decode = False
+                chosen.append(self._decode(passage, recorder=recorder, digest=digest).token_ids)
+        finally:
+            adapter.install(loaded.model, loaded.layers, executor.forward)
+        return Recording(chosen, digest.hexdigest(), recorder.passes)
+
+    def prepare(self, is_cold: bool) -> float:
+        """See `Arm.prepare`. An arm that holds all experts keeps them."""
+        if not is_cold:
+            return 0.0
+        engine = self._engine
+        if not self._is_filled:
+            source = engine.tier.source
+            engine.close()
+            tier = build_tier(engine.loaded, self._config, source=source)
+            self._opened = Engine(
+                engine.loaded, tier, config=self._config, tokenizer=engine.tokenizer
+            )
+        return drop_page_cache(self._files())
+
+    def run(self, passages: list[Passage]) -> Measurement:
+        """Decode every passage once, one after the other, and time it."""
+        runs = [self._decode(passage) for passage in passages]
+        return Measurement(
+            token_ids=[one.token_ids for one in runs],
+            decode_tokens=sum(len(one.token_ids) - 1 for one in runs),
+            decode_s=sum(one.decode_s for one in runs),
+            ttft_s=median(one.ttft_s for one in runs),
+            stall_s=sum(one.stall_s for one in runs),
+            traffic=ExpertTraffic.merge(one.traffic for one in runs).as_dict(),
+            rss_peak_bytes=_rss_peak_bytes(),
+        )
+
+    def close(self) -> None:
+        """Free what the arm holds; idempotent."""
+        if self._opened is not None:
+            self._opened.close()
+            self._opened = None
+
+    def _decode(
+        self,
+        passage: Passage,
+        *,
+        recorder: "_RoutingRecorder | None" = None,
+        digest: Any = None,
+    ) -> "_Decoded":
+        engine = self._engine
+        sequence = engine.submit(
+            GenerationRequest(
+                prompt_token_ids=passage.prompt_ids,
+                max_tokens=passage.num_tokens,
+                temperature=0.0,
+                ignore_eos=True,
+            )
+        )
+        sampler = _FollowingSampler(sequence.sampler, passage.text_ids, digest=digest)
+        sequence.sampler = sampler  # type: ignore[assignment]
+        while not sequence.token_ids and not sequence.is_finished:
+            engine.step()
+        if recorder is not None:
+            recorder.is_decode = True
+        stall_s = sequence.stats.timings.stall_s
+        began = time.perf_counter()
+        while not sequence.is_finished:
+            engine.step()
+        decode_s = time.perf_counter() - began
+        if sequence.error is not None:
+            raise sequence.error
+        return _Decoded(
+            token_ids=sampler.chosen,
+            decode_s=decode_s,
+            ttft_s=sequence.stats.timings.ttft_s,
+            stall_s=sequence.stats.timings.stall_s - stall_s,
+            traffic=sequence.stats.experts.decode,
+        )
+
+    def _files(self) -> list[Path]:
+        source = self._engine.tier.source
+        files = set(self._engine.loaded.checkpoint.files)
+        for layer_idx in range(source.shape.num_moe_layers):
+            for expert_idx in range(source.shape.num_experts):
+                layout = source.layout(ExpertKey(layer_idx, expert_idx))
+                files |= {extent.file for extent in layout.extents}
+        return sorted(files)
+
+
+@dataclass(frozen=True, slots=True)
+class _Decoded:
+    token_ids: list[int]
+    decode_s: float
+    ttft_s: float
+    stall_s: float
+    traffic: ExpertTraffic
+
+
+class _FollowingSampler:
+    """Remembers the model's own choice, and goes on with the text's token where there is one."""
+
+    def __init__(self, sampler: Sampler, text_ids: Sequence[int], *, digest: Any) -> None:
+        self._sampler = sampler
+        self._text_ids = text_ids
+        self._digest = digest
+        self.chosen: list[int] = []
+
+    def sample(self, logits: torch.Tensor, state: SamplerState) -> SampledToken:
+        if self._digest is not None:
+            self._digest.update(logits.contiguous().numpy())
+        token = self._sampler.sample(logits, state)
+        place = len(self.chosen)
+        self.chosen.append(token.token_id)
+        if not self._text_ids:
+            return token
+        return replace(token, token_id=self._text_ids[place])
+
+
+class _RoutingRecorder:
+    """Stands before the executor and writes down the distinct experts of every layer."""
+
+    def __init__(self, forward: adapter.ExpertsFunction) -> None:
+        self._forward = forward
+        self.is_decode = False
+        self.passes: list[Pass] = []
+
+    def forward(
+        self,
+        layer_idx: int,
+        module: Any,
+        hidden_states: torch.Tensor,
+        topk_ids: torch.Tensor,
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        if layer_idx == 0:
+            self.passes.append(Pass(self.is_decode, []))
+        self.passes[-1].layers.append(np.unique(topk_ids.cpu().numpy()).tolist())
+        return self._forward(layer_idx, module, hidden_states, topk_ids, topk_weights)
+
+
+def _fill(engine: Engine) -> None:
+    tier = engine.tier
+    cache, shape = tier.executor.cache, tier.source.shape
+    for layer_idx in range(shape.num_moe_layers):
+        copies = []
+        for expert_idx in range(shape.num_experts):
+            key = ExpertKey(layer_idx, expert_idx)
+            slot = cache.reserve(key, Kind.ON_DEMAND)
+            assert slot is not None, "an arm that is filled has a slot for every expert"
+            copies.append(tier.transfers.submit(key, slot, Kind.ON_DEMAND))
+        for copy in copies:
+            copy.wait()
+            cache.commit(copy.slot)
+
+
+def _dense_bytes_per_token(engine: Engine) -> int:
+    """Dense weights that a decoded token reads: of the input embeddings, one row."""
+    model = engine.loaded.model
+    inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
+    table = inputs.weight
+    if outputs is not None and outputs.weight.data_ptr() == table.data_ptr():
+        return engine.loaded.dense_bytes
+    row_bytes = table.shape[1] * table.element_size()
+    return engine.loaded.dense_bytes - table.numel() * table.element_size() + row_bytes
+
+
+def _rss_peak_bytes() -> int:
+    """Largest resident set of this process so far, file pages included."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -1,0 +1,260 @@
+"""`outrider bench decode`: arms side by side in one run, checked against each other, then timed.
+
+Repetitions are interleaved (A B C A B C), so that what else the machine does falls on all arms
+alike. No speed is given unless every arm chose the same tokens. Knows arms by their calls only.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..runtime.errors import OutriderError, UsageError
+from .environment import environment
+from .records import Bandwidths, Measurement, Passage, Recording, Subject
+from .roofline import lru_misses
+from .rows import Runs, make_row
+from .worker import Worker
+from .workload import BUILT_IN, make_passages, read_texts
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeOptions:
+    """What to measure. `engine` are EngineConfig fields that all arms share.
+
+    `is_cold` None measures both states of the caches, apart. `follows_text`: real text is decoded
+    token by token; else the model continues its prompts greedily.
+    """
+
+    model: str | None = None
+    budgets: tuple[str, ...] = ("25%",)
+    arms: tuple[str, ...] = ("resident", "on-demand", "prefetch")
+    engine: Mapping[str, Any] = field(default_factory=dict)
+    store: str | None = None
+    prompts: str = BUILT_IN
+    num_passages: int = 2
+    num_tokens: int = 32
+    prompt_tokens: int = 16
+    follows_text: bool = True
+    repetitions: int = 5
+    is_cold: bool | None = None
+    num_threads: int | None = None
+    seed: int = 0
+
+
+class MismatchError(OutriderError):
+    """Arms chose different tokens, so their speeds say nothing."""
+
+
+def _resident(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
+    config = {**options.engine, "expert_memory": "all", "prefetch": "off"}
+    return "engine", {"options": config, "is_filled": True}
+
+
+def _on_demand(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
+    return "engine", {"options": {**options.engine, "expert_memory": budget, "prefetch": "off"}}
+
+
+def _prefetch(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
+    return "engine", {"options": {**options.engine, "expert_memory": budget}}
+
+
+# Arm -> the kind of worker that serves it and what that is told. Another system is another entry.
+ARMS: dict[str, Callable[[str, DecodeOptions], tuple[str, dict[str, Any]]]] = {
+    "resident": _resident,
+    "on-demand": _on_demand,
+    "prefetch": _prefetch,
+}
+# The same whatever the budget: started once.
+_BUDGETLESS = frozenset({"resident"})
+
+
+def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) -> dict[str, Any]:
+    """Measure, and return the `bench decode` document of INTERFACES section 1. Blocks for minutes.
+
+    `progress(what, done, total)`. Raises UsageError for options that cannot be, MismatchError
+    before any speed is known if arms disagree, and what an arm raises.
+    """
+    _check(options)
+    before = environment()
+    bench = _Bench(options, progress or (lambda what, done, total: None))
+    with ExitStack() as stack:
+        bench.probe = stack.enter_context(Worker("probe", {}, num_threads=options.num_threads))
+        kept: dict[str, Worker] = {}
+        for budget in options.budgets:
+            with ExitStack() as block:
+                arms: dict[str, Worker] = {}
+                for name in options.arms:
+                    if name not in kept:
+                        worker = (stack if name in _BUDGETLESS else block).enter_context(
+                            _start(name, budget, options)
+                        )
+                        worker.ask("load")
+                        if name in _BUDGETLESS:
+                            kept[name] = worker
+                        arms[name] = worker
+                    else:
+                        arms[name] = kept[name]
+                bench.measure(budget, arms)
+    workload = bench.workload()
+    stamp = {"workload": workload, "seed": options.seed, **before.stamp()}
+    return {
+        "environment": before.ended().as_dict(),
+        "workload": workload,
+        "rows": [make_row(stamp=stamp, **arguments) for arguments in bench.rows],
+    }
+
+
+def _check(options: DecodeOptions) -> None:
+    unknown = [name for name in options.arms if name not in ARMS]
+    if unknown or not options.arms:
+        raise UsageError(f"arms: {', '.join(unknown) or 'none'}; known ones: {', '.join(ARMS)}")
+    for name, given, least in (
+        ("repetitions", options.repetitions, 1),
+        ("tokens", options.num_tokens, 2),
+        ("prompt-tokens", options.prompt_tokens, 1),
+        ("passages", options.num_passages, 1),
+    ):
+        if given < least:
+            raise UsageError(f"{name}: {given}; at least {least} is needed")
+    if len(set(options.arms)) != len(options.arms) or not options.budgets:
+        raise UsageError("each arm is named once, and at least one --expert-memory is needed")
+
+
+def _start(name: str, budget: str, options: DecodeOptions) -> Worker:
+    kind, arguments = ARMS[name](budget, options)
+    arguments = {"model": options.model, "store": options.store, **arguments}
+    return Worker(kind, arguments, num_threads=options.num_threads)
+
+
+class _Bench:
+    """The state of one run: passages and the reference's choices, once they are known."""
+
+    probe: Worker
+
+    def __init__(self, options: DecodeOptions, tell: Progress) -> None:
+        self.options = options
+        self.rows: list[dict[str, Any]] = []
+        self._tell = tell
+        self._passages: list[Passage] = []
+        self._subjects: dict[Worker, Subject] = {}
+        self._recordings: dict[Worker, Recording] = {}
+        self._reference: tuple[str, Recording] | None = None
+
+    def measure(self, budget: str, arms: dict[str, Worker]) -> None:
+        """All arms of one budget: load, check, then time in both states of the caches."""
+        for done, (name, worker) in enumerate(arms.items()):
+            self._tell(f"{budget}: loading and checking arms", done, len(arms))
+            if worker not in self._subjects:
+                self._subjects[worker] = worker.answer(Subject)
+                self._check_tokens(name, worker)
+        self._tell(f"{budget}: loading and checking arms", len(arms), len(arms))
+        states = (False, True) if self.options.is_cold is None else (self.options.is_cold,)
+        for is_cold in states:
+            self._time(budget, arms, is_cold=is_cold)
+
+    def workload(self) -> dict[str, Any]:
+        """What was decoded."""
+        options = self.options
+        return {
+            "kind": "text" if options.follows_text else "greedy",
+            "prompts": options.prompts,
+            "passages": [passage.name for passage in self._passages],
+            "prompt_tokens": [len(passage.prompt_ids) for passage in self._passages],
+            "tokens": options.num_tokens,
+        }
+
+    def _check_tokens(self, name: str, worker: Worker) -> None:
+        """Record the arm, which warms it up too, and compare it with the first one."""
+        if not self._passages:
+            self._passages = make_passages(
+                read_texts(self.options.prompts, self.options.num_passages),
+                lambda texts: worker.call("encode", texts, kind=list[list[int]]),
+                num_tokens=self.options.num_tokens,
+                prompt_tokens=self.options.prompt_tokens,
+                follows_text=self.options.follows_text,
+            )
+        recording = worker.call("record", self._passages, kind=Recording)
+        self._recordings[worker] = recording
+        if self._reference is None:
+            self._reference = (name, recording)
+        self._compare(name, recording.token_ids)
+
+    def _compare(self, name: str, token_ids: list[list[int]]) -> None:
+        assert self._reference is not None
+        reference, recording = self._reference
+        for passage, found, expected in zip(
+            self._passages, token_ids, recording.token_ids, strict=True
+        ):
+            if found != expected:
+                place = next(
+                    (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b),
+                    min(len(found), len(expected)),
+                )
+                raise MismatchError(
+                    f"arm {name!r} chose other tokens than {reference!r} in passage "
+                    f"{passage.name!r}, the first at position {place}: "
+                    f"{found[place : place + 3]} where {expected[place : place + 3]} was expected; "
+                    "no speed is reported for wrong results"
+                )
+
+    def _time(self, budget: str, arms: dict[str, Worker], *, is_cold: bool) -> None:
+        what = f"{budget}: timing, {'cold' if is_cold else 'warm'}"
+        total = self.options.repetitions * len(arms)
+        measured: dict[str, list[Measurement]] = {name: [] for name in arms}
+        pages_kept = dict.fromkeys(arms, 0.0)
+        bandwidths: list[Bandwidths] = []
+        first = self._subjects[next(iter(arms.values()))]
+        for repetition in range(self.options.repetitions):
+            seed = self.options.seed + repetition
+            bandwidths.append(self.probe.call("measure", first.files, seed, kind=Bandwidths))
+            for position, (name, worker) in enumerate(arms.items()):
+                self._tell(what, repetition * len(arms) + position, total)
+                kept = worker.call("prepare", is_cold, kind=float)
+                pages_kept[name] = max(pages_kept[name], kept)
+                measurement = worker.call("run", self._passages, kind=Measurement)
+                self._compare(name, measurement.token_ids)
+                measured[name].append(measurement)
+        self._tell(what, total, total)
+        runs = {
+            name: Runs(
+                arm=name,
+                budget="all" if name in _BUDGETLESS else budget,
+                is_cold=is_cold,
+                subject=self._subjects[worker],
+                measurements=measured[name],
+                pages_kept=pages_kept[name],
+                has_identical_logits=self._has_reference_logits(worker),
+            )
+            for name, worker in arms.items()
+        }
+        paired = runs.get("on-demand") or next(iter(runs.values()))
+        for one in runs.values():
+            self.rows.append(
+                {
+                    "runs": one,
+                    "missed_per_token": self._missed_per_token(one),
+                    "bandwidths": bandwidths,
+                    "reference": paired,
+                }
+            )
+
+    def _has_reference_logits(self, worker: Worker) -> bool:
+        assert self._reference is not None
+        checksum = self._reference[1].logits_checksum
+        return self._recordings[worker].logits_checksum == checksum
+
+    def _missed_per_token(self, runs: Runs) -> float:
+        if runs.arm in _BUDGETLESS:
+            return 0.0
+        assert self._reference is not None
+        passes = self._reference[1].passes
+        misses = lru_misses(
+            passes,
+            num_slots=runs.subject.num_slots,
+            num_experts=runs.subject.num_experts,
+            is_warm=not runs.is_cold,
+        )
+        return misses / sum(one.is_decode for one in passes)

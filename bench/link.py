@@ -1,0 +1,116 @@
+"""How fast the model's files can be read past the page cache, and how to empty it of them.
+
+Reads whole pieces with as many threads as the engine copies with, and does nothing with them: what
+a transfer engine could reach at best. Knows no expert.
+"""
+
+import mmap
+import os
+import random
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+LINK_BYTES = 128 << 20
+PIECE_BYTES = 1 << 20
+NUM_THREADS = 2
+_BLOCK = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """Bytes a second from disk, and whether the reads went past the page cache (O_DIRECT)."""
+
+    bytes_per_s: float
+    is_direct: bool
+
+
+def link_bandwidth(files: Sequence[Path], *, seed: int = 0) -> Link:
+    """Read 128 MiB of `files` in pieces of 1 MiB from random places, and time it. Blocks.
+
+    Small files are read more than once. Where a file system has no direct reads, the pages are
+    given back first and the reads are buffered. Raises OSError as the file system does, ValueError
+    if no file holds a block.
+    """
+    largest = max(files, key=lambda file: file.stat().st_size)
+    piece = min(PIECE_BYTES, largest.stat().st_size // _BLOCK * _BLOCK)
+    if not piece:
+        raise ValueError(f"{largest} is smaller than a block of {_BLOCK} bytes")
+    descriptor, is_direct = _open(largest)
+    try:
+        places = (largest.stat().st_size - piece) // _BLOCK + 1
+        chooser = random.Random(seed)
+        offsets = [chooser.randrange(places) * _BLOCK for _ in range(max(1, LINK_BYTES // piece))]
+        threads = [
+            threading.Thread(
+                target=_read, args=(descriptor, offsets[first::NUM_THREADS]), kwargs={"size": piece}
+            )
+            for first in range(NUM_THREADS)
+        ]
+        began = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        seconds = time.perf_counter() - began
+    finally:
+        os.close(descriptor)
+    return Link(len(offsets) * piece / seconds, is_direct)
+
+
+def drop_page_cache(files: Sequence[Path]) -> float:
+    """Ask the system to forget the pages of `files`; returns the share of probes still cached.
+
+    A page that is mapped or not yet written back stays. Blocks while dirty pages are written.
+    """
+    num_probes = num_cached = 0
+    for file in files:
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fdatasync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            size = os.fstat(descriptor).st_size
+            for offset in range(0, size, max(_BLOCK, size // 16)):
+                num_probes += 1
+                num_cached += _is_cached(descriptor, offset)
+        finally:
+            os.close(descriptor)
+    return num_cached / num_probes if num_probes else 0.0
+
+
+def _is_cached(descriptor: int, offset: int) -> bool:
+    try:
+        return os.preadv(descriptor, [bytearray(1)], offset, os.RWF_NOWAIT) > 0
+    except OSError:
+        # EAGAIN: it would have to wait for the disk. Where the flag is unknown, nothing is claimed.
+        return False
+
+
+def _open(file: Path) -> tuple[int, bool]:
+    descriptor = _open_direct(file)
+    if descriptor is not None:
+        return descriptor, True
+    drop_page_cache([file])
+    return os.open(file, os.O_RDONLY), False
+
+
+def _open_direct(file: Path) -> int | None:
+    try:
+        descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
+    except OSError:
+        return None
+    try:
+        # Some file systems accept the flag and refuse the read.
+        os.preadv(descriptor, [mmap.mmap(-1, _BLOCK)], 0)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _read(descriptor: int, offsets: Sequence[int], *, size: int) -> None:
+    buffer = mmap.mmap(-1, size)
+    for offset in offsets:
+        os.preadv(descriptor, [buffer], offset)

@@ -1,0 +1,96 @@
+"""From the runs of one arm to its row: INTERFACES' fields, then what it takes to doubt them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from ..runtime.stats import ExpertTraffic
+from .records import Bandwidths, Measurement, Subject
+from .roofline import Roofline
+from .spread import paired_ratio, spread
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """One arm in one state of the caches: what it ran, and each timed repetition in order."""
+
+    arm: str
+    budget: str
+    is_cold: bool
+    subject: Subject
+    measurements: Sequence[Measurement]
+    pages_kept: float
+    has_identical_logits: bool
+
+
+def make_row(
+    runs: Runs,
+    *,
+    missed_per_token: float,
+    bandwidths: Sequence[Bandwidths],
+    reference: Runs,
+    stamp: Mapping[str, Any],
+) -> dict[str, Any]:
+    """One row. `missed_per_token`: experts that the best LRU of this size misses.
+
+    `reference` is the arm that speeds are paired with; `stamp` is the same in every row of a run.
+    """
+    subject, measurements = runs.subject, runs.measurements
+    speeds = [one.tokens_per_second for one in measurements]
+    speed = spread(speeds)
+    pairs = paired_ratio(speeds, [one.tokens_per_second for one in reference.measurements])
+    tokens = sum(one.decode_tokens for one in measurements)
+    traffic = ExpertTraffic.merge(ExpertTraffic(**one.traffic) for one in measurements)
+    roofline = Roofline(
+        active_bytes=subject.active_bytes,
+        missed_bytes=missed_per_token * subject.expert_bytes,
+        read_bytes_per_s=median(one.read_bytes_per_s for one in bandwidths),
+        link_bytes_per_s=median(one.link_bytes_per_s for one in bandwidths),
+    )
+    return {
+        "arm": runs.arm,
+        "format": subject.format,
+        "budget": runs.budget,
+        "tokens_per_second": speed.median,
+        "spread": {
+            "low": speed.low,
+            "high": speed.high,
+            "confidence": speed.confidence,
+            "count": speed.count,
+        },
+        "ttft_s": median(one.ttft_s for one in measurements),
+        "bytes_per_token": (traffic.bytes_on_demand + traffic.bytes_prefetched) / tokens,
+        "hit_rate": traffic.hit_rate,
+        "late_rate": traffic.late_hits / traffic.lookups if traffic.lookups else None,
+        "stall_s_per_token": sum(one.stall_s for one in measurements) / tokens,
+        "roofline_tokens_per_second": roofline.tokens_per_second,
+        "roofline_share": speed.median / roofline.tokens_per_second,
+        "rss_peak_bytes": max(one.rss_peak_bytes for one in measurements),
+        "cache": "cold" if runs.is_cold else "warm",
+        "repetitions": len(measurements),
+        "runs_tokens_per_second": speeds,
+        "ratio": {"to": reference.arm, **pairs.as_dict()},
+        "traffic": traffic.as_dict(),
+        "wasted_bytes_per_token": traffic.prefetch_wasted * subject.expert_bytes / tokens,
+        "active_bytes_per_token": subject.active_bytes,
+        "lru_missed_bytes_per_token": roofline.missed_bytes,
+        "read_bytes_per_s": roofline.read_bytes_per_s,
+        "link_bytes_per_s": roofline.link_bytes_per_s,
+        "reads": "direct" if bandwidths[0].is_direct else "buffered",
+        "pages_kept": runs.pages_kept,
+        "identical_logits": runs.has_identical_logits,
+        "slots": subject.num_slots,
+        "budget_bytes": subject.budget_bytes,
+        "expert_bytes": subject.expert_bytes,
+        "dtype": subject.dtype,
+        "predictor": subject.predictor,
+        "prefetch": subject.prefetch,
+        "eviction": subject.eviction,
+        "device": subject.device,
+        "threads": subject.num_threads,
+        "load_s": subject.load_s,
+        "model": subject.model,
+        "fingerprint": subject.fingerprint,
+        **stamp,
+    }
