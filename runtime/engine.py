@@ -93,7 +93,10 @@ class Engine:
 
         folder = resolve_folder(None if model is None else str(model), revision=config.revision)
         loaded = load_model(
-            folder, dtype=DTYPES.get(config.dtype), progress=told("loading dense weights")
+            folder,
+            dtype=DTYPES.get(config.dtype),
+            dense_format=config.dense_format,
+            progress=told("loading dense weights"),
         )
         tokenizer = load_tokenizer(folder)
         source = expert_source(
@@ -254,8 +257,6 @@ def _refuse_unavailable(config: EngineConfig) -> None:
         raise UsageError(
             "host_memory: without a GPU the expert slots are host memory; use expert_memory"
         )
-    if config.dense_format != "same":
-        raise UsageError("dense_format: only 'same' is available in this version")
 
 
 def _is_token_ids(prompts: Any) -> bool:

@@ -258,6 +258,12 @@ def wanted_dtype(model: Any, name: str, *, dtype: torch.dtype) -> torch.dtype:
     return dtype
 
 
+def tied_names(model: Any) -> set[str]:
+    """Names of parameters that are one tensor with another: output head and embedding, mostly."""
+    pairs = model.get_expanded_tied_weights_keys(all_submodels=True)
+    return {*pairs.keys(), *pairs.values()}
+
+
 def materialize_buffers(model: Any, *, device: torch.device) -> None:
     """Compute the non-persistent buffers (rotary frequencies) that no checkpoint holds.
 

@@ -20,6 +20,7 @@ from . import adapter
 from .adapter import Conversion, MoeLayer
 from .checkpoint import Checkpoint, checksum, fingerprint
 from .checkpoint_experts import CheckpointExperts, in_place_obstacle
+from .dense import QuantizedLinear, quantize_linears
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -113,12 +114,14 @@ def load_model(
     folder: Path,
     *,
     dtype: torch.dtype | None = None,
+    dense_format: str = "same",
     device: torch.device | None = None,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """Load the dense weights of a model folder. Blocks; `progress(done_bytes, total_bytes)`.
 
     `dtype` is what the dense weights are computed in (None: as the checkpoint has them).
+    `dense_format` is what they are kept in: "same", or a format of `dense.quantize_linears`.
     Raises UnsupportedModelError or InvalidDataError naming file and tensor.
     """
     device = device or torch.device("cpu")
@@ -130,16 +133,24 @@ def load_model(
     plan, unexpected = adapter.conversion_plan(model, checkpoint.tensors)
     adapter.materialize_buffers(model, device=device)
     expert_targets = {f"{layer.name}.{name}" for layer in layers for name in layer.projections}
+    quantized: dict[str, QuantizedLinear] = {}
+    if dense_format != "same":
+        kept = adapter.tied_names(model) | {
+            name for name in plan if adapter.wanted_dtype(model, name, dtype=dtype) != dtype
+        }
+        quantized = quantize_linears(model, layers, fmt=dense_format, kept=kept)
     checksums = _load_dense(
         model,
         checkpoint,
         [conversion for target, conversion in plan.items() if target not in expert_targets],
+        quantized=quantized,
         dtype=dtype,
         device=device,
         progress=progress,
     )
     model.tie_weights()
-    _refuse_missing(model, expert_targets, folder=folder)
+    unfilled = [name for name, module in quantized.items() if not module.parts]
+    _refuse_missing(model, expert_targets, unfilled, folder=folder)
     generation = folder / "generation_config.json"
     return LoadedModel(
         folder=folder,
@@ -194,6 +205,7 @@ def _load_dense(
     checkpoint: Checkpoint,
     conversions: list[Conversion],
     *,
+    quantized: Mapping[str, QuantizedLinear],
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None,
@@ -211,7 +223,10 @@ def _load_dense(
         for name, value in conversion.convert(read, model=model).items():
             wanted = adapter.wanted_dtype(model, name, dtype=dtype)
             try:
-                adapter.set_tensor(model, name, value.to(device, wanted).contiguous())
+                if name in quantized:
+                    quantized[name].hold(value.to(device))
+                else:
+                    adapter.set_tensor(model, name, value.to(device, wanted).contiguous())
             except InvalidDataError as error:
                 source = checkpoint.tensors[conversion.names()[0]]
                 raise InvalidDataError(f"{source.file}: {source.name!r}: {error}") from error
@@ -221,11 +236,12 @@ def _load_dense(
     return checksums
 
 
-def _refuse_missing(model: Any, expert_targets: set[str], *, folder: Path) -> None:
+def _refuse_missing(
+    model: Any, expert_targets: set[str], unfilled: list[str], *, folder: Path
+) -> None:
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    missing = sorted(
-        name for name, tensor in tensors if tensor.is_meta and name not in expert_targets
-    )
+    plain = (name for name, tensor in tensors if tensor.is_meta and name not in expert_targets)
+    missing = sorted([*plain, *unfilled])
     if missing:
         raise InvalidDataError(
             f"{folder}: no tensor of the checkpoint makes up {missing[0]!r} ({len(missing)} such); "
@@ -234,5 +250,6 @@ def _refuse_missing(model: Any, expert_targets: set[str], *, folder: Path) -> No
 
 
 def _dense_bytes(model: Any) -> int:
-    tensors = {tensor.data_ptr(): tensor for tensor in model.parameters() if not tensor.is_meta}
+    every = [*model.parameters(), *model.buffers()]
+    tensors = {tensor.data_ptr(): tensor for tensor in every if not tensor.is_meta}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())

@@ -1,0 +1,116 @@
+"""Dense layers in int8 or int4: which linear layers of a model may be, and what stands for them.
+
+Knows modules, no checkpoint; the formats are `kernels.quantization`'s.
+"""
+
+from collections.abc import Collection
+
+from torch import Tensor, nn
+
+from ...kernels.quantization import PLAIN_DTYPES, dequantize, quantize
+from ..errors import InvalidDataError, UnsupportedModelError
+from .adapter import MoeLayer
+
+_PREFIX = "quantized_"  # of the buffers, so that none is called `weight`
+
+
+class QuantizedLinear(nn.Module):
+    """Stands for an `nn.Linear` whose weight is kept as parts of `fmt`; computes after `hold`.
+
+    [..., K] -> [..., N] in the input's dtype.
+    """
+
+    def __init__(self, replaced: nn.Linear, *, fmt: str) -> None:
+        super().__init__()
+        self.fmt = fmt
+        self.in_features, self.out_features = replaced.in_features, replaced.out_features
+        self.bias = replaced.bias
+        self._part_names: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> Tensor:
+        """Always refused: a family that reads it would compute with something else than `forward`.
+
+        Not a tensor without values either, which torch multiplies into garbage without a word.
+        """
+        raise UnsupportedModelError(
+            "this family reads the weight of a linear layer itself, so its dense weights cannot be "
+            f"kept in {self.fmt}; use --dense-format same"
+        )
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """The weight as `kernels.quantization.quantize` gives it; empty before `hold`."""
+        return {name: getattr(self, _PREFIX + name) for name in self._part_names}
+
+    def hold(self, weight: Tensor) -> None:
+        """Quantise `weight` [N, K] and keep the result, on its device.
+
+        Raises InvalidDataError for another shape, or for a weight that is not finite.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise InvalidDataError(
+                f"weight has shape {list(weight.shape)}, the configuration wants "
+                f"{[self.out_features, self.in_features]}; config.json and weights do not belong "
+                "together"
+            )
+        if weight.dtype not in PLAIN_DTYPES.values():
+            weight = weight.float()
+        parts = quantize(weight, self.fmt)
+        if not parts["scale"].isfinite().all():
+            raise InvalidDataError(f"weight holds NaN or infinity, which {self.fmt} does not")
+        for name, part in parts.items():
+            self.register_buffer(_PREFIX + name, part)
+        self._part_names = tuple(parts)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """[..., K] -> [..., N]."""
+        shape = (self.out_features, self.in_features)
+        weight = dequantize(self.parts, self.fmt, dtype=hidden_states.dtype, shape=shape)
+        return nn.functional.linear(hidden_states, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        """What stands between the brackets when a model is printed."""
+        has_bias = self.bias is not None
+        return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={has_bias}"
+
+
+def quantize_linears(
+    model: nn.Module, layers: Collection[MoeLayer], *, fmt: str, kept: Collection[str]
+) -> dict[str, QuantizedLinear]:
+    """Put a `QuantizedLinear` in the place of each linear layer of attention, shared experts, dense
+    blocks and the output head; returns them by the name of their weight, to be filled by `hold`.
+
+    Left alone are the layers that decide routing and those whose weight's name is in `kept`.
+    """
+    routing = _routing_modules(model, layers)
+    chosen = {
+        name: module
+        for name, module in model.named_modules()
+        # A subclass may compute something else than the product.
+        if type(module) is nn.Linear and module not in routing and f"{name}.weight" not in kept
+    }
+    replaced: dict[str, QuantizedLinear] = {}
+    for name, module in chosen.items():
+        parent, _, leaf = name.rpartition(".")
+        stand_in = replaced[f"{name}.weight"] = QuantizedLinear(module, fmt=fmt)
+        setattr(model.get_submodule(parent), leaf, stand_in)
+    return replaced
+
+
+def _routing_modules(model: nn.Module, layers: Collection[MoeLayer]) -> set[nn.Module]:
+    """Everything beside the experts that turns a token into weights of experts.
+
+    A linear layer standing directly in a Mixture-of-Experts block is a gate, of all experts or of
+    the shared one; a block with a matrix of one row an expert is a router.
+    """
+    found: set[nn.Module] = set()
+    for layer in layers:
+        block = model.get_submodule(layer.name.rpartition(".")[0])
+        for child in block.children():
+            if child is layer.experts:
+                continue
+            rows = {p.shape[0] for p in child.parameters() if p.dim() == 2}
+            if isinstance(child, nn.Linear) or child is layer.router or layer.num_experts in rows:
+                found.update(child.modules())
+    return found
