@@ -49,10 +49,15 @@ class Acquisition:
         self.num_failed_prefetches = 0
 
     def __enter__(self) -> "Acquisition":
-        self._prefetcher.settle()
-        for key in self._needed:
-            self._look_up(key)
-        self._submit()
+        try:
+            self._prefetcher.settle()
+            for key in self._needed:
+                self._look_up(key)
+            self._submit()
+        except BaseException:
+            # A `with` statement leaves only what it has entered.
+            self.__exit__()
+            raise
         return self
 
     def _look_up(self, key: ExpertKey) -> None:
@@ -103,7 +108,11 @@ class Acquisition:
             if slot is None:
                 return
             self._missing.popleft()
-            copy = self._transfers.submit(key, slot, Kind.ON_DEMAND)
+            try:
+                copy = self._transfers.submit(key, slot, Kind.ON_DEMAND)
+            except TransferError:
+                self._cache.abandon(slot)
+                raise
             self._traffic.bytes_on_demand += copy.nbytes
             self._in_flight.append(copy)
 
@@ -114,19 +123,20 @@ class Acquisition:
             self._submit()
             assert self._in_flight, "no slot for a missing expert although none is in use"
         began = time.perf_counter()
-        self._finish(self._in_flight.popleft())
+        self._finish(self._in_flight[0])
         self.stall_s += time.perf_counter() - began
         self._collect()
 
     def _collect(self) -> None:
         for copy in [copy for copy in self._in_flight if copy.done()]:
-            self._in_flight.remove(copy)
             self._finish(copy)
 
     def _finish(self, copy: Transfer) -> None:
+        # Until its slot is settled it counts as in flight, so that an interrupt loses no slot.
         try:
             copy.wait()
         except TransferError as error:
+            self._in_flight.remove(copy)
             self._cache.abandon(copy.slot)
             if copy.kind is Kind.ON_DEMAND:
                 raise
@@ -135,6 +145,7 @@ class Acquisition:
             self._missing.appendleft(copy.key)
             self._submit()
             return
+        self._in_flight.remove(copy)
         self._cache.commit(copy.slot)
         self._hand_out(copy.key, copy.slot)
 
@@ -144,16 +155,27 @@ class Acquisition:
         computed.release()
 
     def __exit__(self, *_: object) -> None:
+        interrupt: KeyboardInterrupt | None = None
         while self._in_flight:
-            copy = self._in_flight.popleft()
-            if copy.cancel():
-                self._cache.abandon(copy.slot)
-                continue
+            try:
+                self._give_back(self._in_flight[0])
+            except KeyboardInterrupt as error:
+                # A second Ctrl-C has to wait for reads under way, which end in bounded time.
+                interrupt = error
+        self._lease.release()
+        if interrupt is not None:
+            raise interrupt
+
+    def _give_back(self, copy: Transfer) -> None:
+        is_read = False
+        if not copy.cancel():
             try:
                 copy.wait()
+                is_read = True
             except TransferError as error:
                 logger.warning("a read that is no longer needed failed: %s", error)
-                self._cache.abandon(copy.slot)
-            else:
-                self._cache.commit(copy.slot)
-        self._lease.release()
+        self._in_flight.remove(copy)
+        if is_read:
+            self._cache.commit(copy.slot)
+        else:
+            self._cache.abandon(copy.slot)
