@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from ..collect.errors import CollectError
 from .errors import OutriderError
 
 # name -> (module below this package, one-line help). A module offers a typer app named `app`.
@@ -44,7 +45,7 @@ class LazyGroup(TyperGroup):
         """Run a command; what a user can meet is one line on stderr and an exit code."""
         try:
             return super().invoke(ctx)
-        except OutriderError as error:
+        except (OutriderError, CollectError) as error:
             typer.echo(f"outrider: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except KeyboardInterrupt as error:

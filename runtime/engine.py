@@ -3,6 +3,7 @@
 `step` is schedule, run, apply. Knows neither commands nor sockets; `tier` puts its parts together.
 """
 
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Rows
@@ -46,7 +47,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.load_s = 0.0
         self.vocab_size: int = loaded.config.vocab_size
-        self.max_length = adapter.context_length(loaded.config)
+        # Without a limit in the configuration only memory bounds a text.
+        self.max_length = adapter.context_length(loaded.config) or sys.maxsize
         self._runner = ModelRunner(loaded, tier.executor)
         self._scheduler: Scheduler[Sequence] = Scheduler(
             max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS
@@ -88,8 +90,8 @@ class Engine:
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
 
-        def told(what: str) -> Callable[[int, int], None] | None:
-            return None if progress is None else lambda done, total: progress(what, done, total)
+        def told(what: str) -> Callable[[int, int], None]:
+            return lambda done, total: None if progress is None else progress(what, done, total)
 
         folder = resolve_folder(None if model is None else str(model), revision=config.revision)
         loaded = load_model(

@@ -26,7 +26,7 @@ def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
         return [int(token_id) for token_id in tokenizer(prompt)["input_ids"]]
     if prompt and isinstance(prompt[0], ChatMessage):
         return _encode_chat(tokenizer, prompt)
-    return [token_id for token_id in prompt if _check_id(token_id)]
+    return [_checked_id(token_id) for token_id in prompt]
 
 
 def _encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
@@ -42,7 +42,7 @@ def _encode_chat(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
     return [int(token_id) for token_id in encoded["input_ids"]]
 
 
-def _check_id(token_id: object) -> bool:
+def _checked_id(token_id: object) -> int:
     if isinstance(token_id, bool) or not isinstance(token_id, int):
         raise UsageError(f"prompt_token_ids: {token_id!r} is not an integer")
-    return True
+    return token_id

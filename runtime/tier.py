@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 
@@ -23,7 +24,7 @@ from .experts.cache import ExpertCache
 from .experts.eviction import make_eviction
 from .experts.identity import SourceIdentity
 from .experts.layout import ExpertSource
-from .experts.prefetcher import Prefetcher
+from .experts.prefetcher import Mode, Prefetcher
 from .experts.slots import SlotArena
 from .experts.store_cache import store_for
 from .experts.transfer import ThreadTransfer
@@ -109,7 +110,7 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
     )
     predictor_name, make_predictor = _predictor_factory(loaded, config)
-    prefetch = config.prefetch if predictor_name != "none" else "off"
+    prefetch = cast("Mode", config.prefetch if predictor_name != "none" else "off")
     executor = ExpertExecutor(
         shape=source.shape,
         cache=cache,

@@ -66,7 +66,19 @@ def _trace(path: Path) -> dict[str, Any]:
     from ...collect.trace import read_manifest
 
     manifest = read_manifest(path)
-    return {"kind": "traces", "path": str(path), **manifest.summary()}
+    return {
+        "kind": "traces",
+        "path": str(path),
+        "model": manifest.model,
+        "format": manifest.format,
+        **_shape(manifest.shape),
+        "context_tokens": manifest.context_tokens,
+        "samples": manifest.num_samples,
+        "samples_finished": manifest.num_finished,
+        "complete": manifest.complete,
+        "shards": len(manifest.shards),
+        "datasets": [dataset.name for dataset in manifest.datasets],
+    }
 
 
 def _predictor(path: Path, config: dict[str, Any]) -> dict[str, Any]:

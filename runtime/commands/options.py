@@ -17,16 +17,12 @@ _ENGINE = "Engine options"
 _SAMPLING = "Sampling options"
 
 
-def _engine(kind: Any, help_text: str, **options: Any) -> Any:
-    return Annotated[
-        kind, typer.Option(help=help_text, rich_help_panel=_ENGINE, show_default=False, **options)
-    ]
+def _engine(help_text: str) -> Any:
+    return typer.Option(help=help_text, rich_help_panel=_ENGINE, show_default=False)
 
 
-def _sampling(kind: Any, help_text: str) -> Any:
-    return Annotated[
-        kind, typer.Option(help=help_text, rich_help_panel=_SAMPLING, show_default=False)
-    ]
+def _sampling(help_text: str) -> Any:
+    return typer.Option(help=help_text, rich_help_panel=_SAMPLING, show_default=False)
 
 
 Model: TypeAlias = Annotated[
@@ -42,39 +38,54 @@ PrintConfig: TypeAlias = Annotated[
 Store: TypeAlias = Annotated[
     Path | None, typer.Option(help="expert store made by outrider pack, instead of the cached one")
 ]
-Revision: TypeAlias = _engine(str | None, "branch, tag or commit of a hub model")
-Device: TypeAlias = _engine(str | None, "cpu, cuda or cuda:N [auto]")
-ExpertMemory: TypeAlias = _engine(
-    str | None, "8GiB, 512MiB, 25% (of all routed experts), all or auto [auto]"
-)
-HostMemory: TypeAlias = _engine(str | None, "host cache size, on a machine with a GPU [auto]")
-Format: TypeAlias = _engine(
-    str | None, "of the experts: fp32, bf16, fp16, int8, int4, nf4 [as the checkpoint]"
-)
-DenseFormat: TypeAlias = _engine(str | None, "of the dense weights: same, int8, int4 [same]")
-Dtype: TypeAlias = _engine(
-    str | None, "of the computation: fp32, bf16, fp16 [as the checkpoint]"
-)
-Predictor: TypeAlias = _engine(
-    str | None, "none, random, frequent, lookahead, or a folder made by outrider train [auto]"
-)
-Prefetch: TypeAlias = _engine(str | None, "on, off, or auto: as far as it pays [auto]")
-Eviction: TypeAlias = _engine(str | None, "lru, lfu, layer-lru, layer-lfu, static, ...")
-OnMiss: TypeAlias = _engine(str | None, "fetch, or on a GPU machine host or auto [fetch]")
-VerifyOnLoad: TypeAlias = _engine(
-    bool | None, "check each expert's checksum when it is read (packed stores)"
-)
-NumThreads: TypeAlias = _engine(int | None, "CPU threads for arithmetic")
-Profile: TypeAlias = _engine(Path | None, "folder for a torch profiler trace of the run")
+Revision: TypeAlias = Annotated[str | None, _engine("branch, tag or commit of a hub model")]
+Device: TypeAlias = Annotated[str | None, _engine("cpu, cuda or cuda:N [auto]")]
+ExpertMemory: TypeAlias = Annotated[
+    str | None, _engine("8GiB, 512MiB, 25% (of all routed experts), all or auto [auto]")
+]
+HostMemory: TypeAlias = Annotated[
+    str | None, _engine("host cache size, on a machine with a GPU [auto]")
+]
+Format: TypeAlias = Annotated[
+    str | None, _engine("of the experts: fp32, bf16, fp16, int8, int4, nf4 [as the checkpoint]")
+]
+DenseFormat: TypeAlias = Annotated[
+    str | None, _engine("of the dense weights: same, int8, int4 [same]")
+]
+Dtype: TypeAlias = Annotated[
+    str | None, _engine("of the computation: fp32, bf16, fp16 [as the checkpoint]")
+]
+Predictor: TypeAlias = Annotated[
+    str | None,
+    _engine("none, random, frequent, lookahead, or a folder made by outrider train [auto]"),
+]
+Prefetch: TypeAlias = Annotated[str | None, _engine("on, off, or auto: as far as it pays [auto]")]
+Eviction: TypeAlias = Annotated[str | None, _engine("lru, lfu, layer-lru, layer-lfu, static, ...")]
+OnMiss: TypeAlias = Annotated[
+    str | None, _engine("fetch, or on a GPU machine host or auto [fetch]")
+]
+VerifyOnLoad: TypeAlias = Annotated[
+    bool | None, _engine("check each expert's checksum when it is read (packed stores)")
+]
+NumThreads: TypeAlias = Annotated[int | None, _engine("CPU threads for arithmetic")]
+Profile: TypeAlias = Annotated[Path | None, _engine("folder for a torch profiler trace of the run")]
 
-MaxTokens: TypeAlias = _sampling(int | None, "tokens to generate at most [128]")
-Temperature: TypeAlias = _sampling(float | None, "0 is greedy [1.0]")
-TopP: TypeAlias = _sampling(float | None, "nucleus probability [1.0]")
-TopK: TypeAlias = _sampling(int | None, "most likely tokens to choose from, 0 is all [0]")
-MinP: TypeAlias = _sampling(float | None, "least probability relative to the likeliest [0.0]")
-Seed: TypeAlias = _sampling(int | None, "makes sampling repeatable")
-Stop: TypeAlias = _sampling(list[str] | None, "text that ends the output; may be repeated")
-IgnoreEos: TypeAlias = _sampling(bool | None, "go on after the model's end-of-text token")
+MaxTokens: TypeAlias = Annotated[int | None, _sampling("tokens to generate at most [128]")]
+Temperature: TypeAlias = Annotated[float | None, _sampling("0 is greedy [1.0]")]
+TopP: TypeAlias = Annotated[float | None, _sampling("nucleus probability [1.0]")]
+TopK: TypeAlias = Annotated[
+    int | None, _sampling("most likely tokens to choose from, 0 is all [0]")
+]
+MinP: TypeAlias = Annotated[
+    float | None, _sampling("least probability relative to the likeliest [0.0]")
+]
+Seed: TypeAlias = Annotated[int | None, _sampling("makes sampling repeatable")]
+Stop: TypeAlias = Annotated[
+    list[str] | None, _sampling("text that ends the output; may be repeated")
+]
+IgnoreEos: TypeAlias = Annotated[
+    bool | None, _sampling("go on after the model's end-of-text token")
+]
 
 
 def engine_config(

@@ -95,7 +95,8 @@ class Conversion:
         if self.converter is None:
             (name,) = self.names()
             return {self.target: read(name)}
-        converter = deepcopy(self.converter)
+        # Any: transformers collects futures here while loading, and tensors while saving.
+        converter: Any = deepcopy(self.converter)
         for pattern, names in self.sources.items():
             converter.collected_tensors[pattern] = [read(name) for name in names]
         converted = converter.convert(self.target, model=model, config=model.config)
@@ -284,7 +285,7 @@ def materialize_buffers(model: Any, *, device: torch.device) -> None:
         with torch.device(device), torch.no_grad():
             model._init_weights(module)
         for leaf in leaves:
-            if module._buffers[leaf].isnan().any():
+            if module.get_buffer(leaf).isnan().any():
                 raise UnsupportedModelError(
                     f"{model.config.model_type!r}: buffer {leaf!r} of {type(module).__name__} is "
                     "not in checkpoints and transformers does not rebuild it"

@@ -100,7 +100,7 @@ class Checkpoint:
         """
         record = self.tensors[name]
         buffer = torch.empty(record.nbytes, dtype=torch.uint8)
-        _read_exactly(record, memoryview(buffer.numpy()))
+        _read_exactly(record, buffer.numpy().data)
         return buffer.view(record.dtype).reshape(record.shape)
 
 
@@ -118,7 +118,7 @@ def fingerprint(config: Mapping, checksums: Mapping[str, int]) -> str:
 
 def checksum(tensor: torch.Tensor) -> int:
     """xxh3-64 of a contiguous CPU tensor's bytes."""
-    return xxhash.xxh3_64_intdigest(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+    return xxhash.xxh3_64_intdigest(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _find_shards(folder: Path) -> dict[Path, set[str]]:
@@ -183,7 +183,9 @@ def _read_header(shard: Path) -> Iterator[TensorRecord]:
         yield _record(shard, name, entry, data_start=data_start, file_size=size)
 
 
-def _record(shard: Path, name: str, entry: dict, *, data_start: int, file_size: int) -> TensorRecord:
+def _record(
+    shard: Path, name: str, entry: dict, *, data_start: int, file_size: int
+) -> TensorRecord:
     try:
         dtype = _DTYPES[entry["dtype"]]
         shape = tuple(int(size) for size in entry["shape"])

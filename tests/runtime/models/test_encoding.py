@@ -71,5 +71,5 @@ def test_other_encodings_are_refused_by_name(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UnsupportedModelError, match="awq.*fp8 and mxfp4"):
+    with pytest.raises(UnsupportedModelError, match=r"awq.*fp8 and mxfp4"):
         load_model(tmp_path)
