@@ -5,8 +5,10 @@ only. Prediction decides what is read ahead and nothing else.
 """
 
 import logging
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,11 +67,12 @@ class ExpertExecutor:
         self._stall_s = 0.0
         self._before = CacheCounters()
         self._failed: list[Predictor] = []
+        self._has_failed = False
 
     @property
     def is_degraded(self) -> bool:
         """A predictor was switched off or reads ahead fail: slower, never wrong."""
-        return bool(self._failed) or self._transfers.degraded
+        return self._has_failed or self._transfers.degraded
 
     def begin_step(self, step: int, observers: Sequence[Observer]) -> None:
         """A forward pass begins. `step` counts passes; `observers` cover its rows in order.
@@ -91,6 +94,10 @@ class ExpertExecutor:
         # With every expert in its slot there is nothing left to forecast.
         if self.cache.num_ready == self.shape.num_routed_experts:
             return []
+        # Predictors of sequences that have ended are let go.
+        self._failed = [
+            bad for bad in self._failed if any(one.predictor is bad for one in observers)
+        ]
         return [one for one in observers if not any(one.predictor is bad for bad in self._failed)]
 
     def end_step(self) -> tuple[ExpertTraffic, float]:
@@ -182,6 +189,7 @@ class ExpertExecutor:
             if forecast is None:
                 return None
             forecast.check(self.shape)
+            step = operator.index(forecast.step) - observer.step + self._step
         except Exception as error:
             logger.warning(
                 "predictor %s failed in %s and is switched off: %s",
@@ -191,8 +199,9 @@ class ExpertExecutor:
             )
             self._observers.remove(observer)
             self._failed.append(observer.predictor)
+            self._has_failed = True
             return None
-        return replace(forecast, step=forecast.step - observer.step + self._step)
+        return replace(forecast, step=step)
 
 
 def _rows_by_expert(ids: np.ndarray) -> dict[int, torch.Tensor]:
@@ -204,10 +213,7 @@ def _rows_by_expert(ids: np.ndarray) -> dict[int, torch.Tensor]:
     if ids.shape[0] == 1:  # a token's experts are distinct: one position each
         return dict(zip(experts, positions.split(1), strict=True))
     starts = [0, *(np.flatnonzero(np.diff(flat[order])) + 1).tolist(), len(experts)]
-    return {
-        experts[start]: positions[start:end]
-        for start, end in zip(starts, starts[1:], strict=False)
-    }
+    return {experts[start]: positions[start:end] for start, end in pairwise(starts)}
 
 
 def _union(forecasts: list[Forecast]) -> list[Forecast]:
