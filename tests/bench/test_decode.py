@@ -1,0 +1,208 @@
+"""Arms side by side: real processes on a tiny model, and a wrong arm that must be found out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from families import make_checkpoint
+from typer.testing import CliRunner
+
+from outrider.bench import decode as bench
+from outrider.bench.arm import EngineArm
+from outrider.bench.decode import DecodeOptions, MismatchError, bench_decode
+from outrider.bench.records import Bandwidths, Passage
+from outrider.bench.worker import Worker, WorkerError, _error
+from outrider.bench.workload import built_in_texts, make_passages, read_texts
+from outrider.runtime.cli import app
+from outrider.runtime.errors import InvalidDataError, UsageError
+
+ROW_FIELDS = [
+    "arm", "format", "budget", "tokens_per_second", "spread", "ttft_s", "bytes_per_token",
+    "hit_rate", "late_rate", "stall_s_per_token", "roofline_tokens_per_second", "roofline_share",
+    "rss_peak_bytes",
+]  # fmt: skip
+DOUBT_FIELDS = [
+    "commit", "versions", "device", "model", "fingerprint", "workload", "seed", "cache",
+    "repetitions", "date",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("tiny"), "deepseek")
+
+
+class InProcess:
+    """A worker without a process: same calls, in order, on an arm in this one."""
+
+    def __init__(self, kind: str, options: dict[str, Any], *, num_threads: int | None) -> None:
+        self.arm = EngineArm(**options) if kind == "engine" else None
+        self.replies: list[Any] = []
+
+    def ask(self, method: str, *arguments: Any) -> None:
+        if self.arm is None:
+            self.replies.append(Bandwidths(10e9, 1e9, True))
+        else:
+            self.replies.append(getattr(self.arm, method)(*arguments))
+
+    def answer(self, kind: Any) -> Any:
+        return self.replies.pop(0)
+
+    def call(self, method: str, *arguments: Any, kind: Any) -> Any:
+        self.ask(method, *arguments)
+        return self.answer(kind)
+
+    def __enter__(self) -> "InProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.arm is not None:
+            self.arm.close()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "Worker", InProcess)
+
+
+def options(model: Path, **fields: Any) -> DecodeOptions:
+    values = {"repetitions": 2, "num_tokens": 6, "prompt_tokens": 4, "num_passages": 2} | fields
+    return DecodeOptions(model=str(model), **values)
+
+
+def test_rows_carry_the_promised_fields_and_add_up(tiny: Path, in_process: None) -> None:
+    seen: list[tuple[str, int, int]] = []
+    document = bench_decode(
+        options(tiny, budgets=("25%", "50%")), progress=lambda *told: seen.append(told)
+    )
+    rows = document["rows"]
+    assert [(row["budget"], row["cache"], row["arm"]) for row in rows] == [
+        ("all" if arm == "resident" else budget, cache, arm)
+        for budget in ("25%", "50%")
+        for cache in ("warm", "cold")
+        for arm in ("resident", "on-demand", "prefetch")
+    ]
+    json.dumps(document)
+    for row in rows:
+        assert list(row)[: len(ROW_FIELDS)] == ROW_FIELDS
+        assert all(field in row for field in DOUBT_FIELDS)
+        assert row["spread"]["low"] <= row["tokens_per_second"] <= row["spread"]["high"]
+        assert row["identical_logits"]
+        traffic = row["traffic"]
+        # 2 repetitions of 2 passages, 5 decode steps each, 2 MoE layers, top 3.
+        assert traffic["lookups"] == 2 * 2 * 5 * 2 * 3
+        moved = traffic["bytes_on_demand"] + traffic["bytes_prefetched"]
+        assert row["bytes_per_token"] == pytest.approx(moved / 20)
+        if row["arm"] == "resident":
+            assert row["hit_rate"] == 1.0 and moved == 0 and row["slots"] == 24
+            assert row["lru_missed_bytes_per_token"] == 0
+        else:
+            assert row["slots"] == (6 if row["budget"] == "25%" else 12)
+            assert 0 < row["lru_missed_bytes_per_token"] <= 6 * row["expert_bytes"]
+        if row["arm"] == "on-demand":
+            assert row["ratio"]["median"] == 1.0 and traffic["prefetch_issued"] == 0
+    assert seen[-1][1] == seen[-1][2]
+
+
+def test_active_bytes_are_what_one_token_reads(tiny: Path) -> None:
+    arm = EngineArm(model=str(tiny), options={"expert_memory": "all", "prefetch": "off"})
+    subject = arm.load()
+    arm.close()
+    hidden, inner, dense, vocabulary = 64, 32, 96, 320
+    attention, norms = 4 * hidden * hidden, 2 * hidden
+    moe = 12 * hidden + 3 * hidden * (2 * inner)  # gate and shared experts
+    weights = 3 * (attention + norms) + 3 * hidden * dense + 2 * moe + hidden
+    weights += vocabulary * hidden + hidden  # head, and one row of the embeddings
+    expert = 3 * hidden * inner * 4
+    assert subject.expert_bytes == expert
+    rotary_frequencies = 64
+    assert 0 <= subject.active_bytes - (4 * weights + 2 * 3 * expert) <= rotary_frequencies
+
+
+def test_cold_runs_begin_with_empty_slots_and_warm_ones_do_not(
+    tiny: Path, in_process: None
+) -> None:
+    document = bench_decode(options(tiny, budgets=("100%",), arms=("on-demand",)))
+    warm, cold = document["rows"]
+    assert warm["traffic"]["misses"] == 0
+    assert cold["traffic"]["misses"] > 0
+
+
+def test_an_arm_with_other_tokens_stops_the_benchmark(
+    tiny: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = EngineArm.run
+
+    def run(self: EngineArm, passages: list[Passage]) -> Any:
+        measurement = honest(self, passages)
+        if self._config.prefetch == "auto":
+            measurement.token_ids[1][3] += 1
+        return measurement
+
+    monkeypatch.setattr(EngineArm, "run", run)
+    with pytest.raises(MismatchError, match=r"'prefetch' .* position 3"):
+        bench_decode(options(tiny))
+
+
+def test_the_command_runs_arms_in_processes_and_ends_with_json(tiny: Path, tmp_path: Path) -> None:
+    """The whole command once, with the figure."""
+    figure = tmp_path / "decode.png"
+    arguments = ["bench", "decode", str(tiny), "--arms", "prefetch", "--warm"]
+    arguments += ["--tokens", "6", "--prompt-tokens", "4", "--repetitions", "1", "--threads", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--json", "--plot", str(figure)])
+    assert result.exit_code == 0, result.output
+    document = json.loads(result.stdout.splitlines()[-1])
+    arms = [(row["arm"], row["cache"], row["threads"]) for row in document["rows"]]
+    assert arms == [("prefetch", "warm", 1)]
+    assert all(row["rss_peak_bytes"] > 50 << 20 for row in document["rows"])
+    assert figure.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_worker_hands_on_errors_and_says_when_it_is_gone() -> None:
+    with Worker("probe", {}, num_threads=1) as worker:
+        with pytest.raises(WorkerError, match="unknown method 'close'"):
+            worker.call("close", kind=dict)
+        worker._process.kill()
+        with pytest.raises(WorkerError, match="signal"):
+            worker.call("measure", [], 0, kind=dict)
+    reply = {"error": "InvalidDataError", "message": "shard 3 is missing"}
+    assert isinstance(_error(reply), InvalidDataError)
+    assert isinstance(_error({"error": "Unheard", "message": "x"}), WorkerError)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"arms": ("warp",)}, "warp"),
+        ({"arms": ("prefetch", "prefetch")}, "named once"),
+        ({"repetitions": 0}, "repetitions"),
+        ({"num_tokens": 1}, "tokens"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_before_anything_starts(
+    tiny: Path, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        bench_decode(options(tiny, **fields))
+
+
+def test_built_in_text_is_held_out_and_files_are_read_by_line(tmp_path: Path) -> None:
+    names = [name for name, _ in built_in_texts(6)]
+    assert len(set(names)) == 6 and built_in_texts(2) == built_in_texts(6)[:2]
+    file = tmp_path / "texts"
+    file.write_text("one two\n\nthree four five\n")
+    texts = read_texts(str(file), 9)
+    assert texts == [("line-1", "one two"), ("line-3", "three four five")]
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return [[len(word) for word in text.split()] for text in texts]
+
+    (passage,) = make_passages(texts[1:], encode, num_tokens=2, prompt_tokens=1, follows_text=True)
+    assert (passage.prompt_ids, passage.text_ids) == ([5], [4, 4])
+    with pytest.raises(UsageError, match="line-1 has 2 tokens"):
+        make_passages(texts, encode, num_tokens=2, prompt_tokens=1, follows_text=True)
+    (free, _) = make_passages(texts, encode, num_tokens=9, prompt_tokens=1, follows_text=False)
+    assert (free.prompt_ids, free.text_ids, free.num_tokens) == ([3], [], 9)
+    with pytest.raises(UsageError, match="cannot be read"):
+        read_texts(str(tmp_path / "absent"), 1)
