@@ -8,10 +8,12 @@ nothing of models, families or experts.
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
+import msgspec
 import torch
 import xxhash
 
@@ -43,6 +45,10 @@ _VOLATILE_CONFIG_FIELDS = frozenset(
 )
 
 
+class _ShardIndex(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
     """One tensor of a shard: `offset` and `nbytes` are bytes from the start of `file`."""
@@ -64,6 +70,8 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise InvalidDataError(f"{folder} is not a folder; give the folder that it lies in")
         if not folder.is_dir():
             raise InvalidDataError(
                 f"model folder {str(folder)!r} does not exist; give a folder with config.json and "
@@ -72,6 +80,7 @@ class Checkpoint:
         if not (folder / "config.json").is_file():
             raise InvalidDataError(f"{folder}: no config.json, so this is not a model folder")
         self._shards = _find_shards(folder)
+        owners = {name: shard for shard, names in self._shards.items() for name in names}
         self.tensors: dict[str, TensorRecord] = {}
         for shard, names in self._shards.items():
             found = {record.name: record for record in _read_header(shard)}
@@ -81,7 +90,10 @@ class Checkpoint:
                     f"{shard}: tensor {absent[0]!r} is named in {_INDEX_NAME} but not in the shard "
                     f"({len(absent)} such); the download is incomplete or mixed up"
                 )
-            self.tensors.update(found)
+            # Another shard may hold a name as well: the index says whose it is.
+            self.tensors |= {
+                name: record for name, record in found.items() if owners.get(name, shard) == shard
+            }
 
     @property
     def config(self) -> dict:
@@ -125,9 +137,11 @@ def _find_shards(folder: Path) -> dict[Path, set[str]]:
     index_path = folder / _INDEX_NAME
     if index_path.is_file():
         try:
-            weight_map = json.loads(index_path.read_bytes())["weight_map"]
-        except (ValueError, KeyError, TypeError) as error:
+            weight_map = msgspec.json.decode(index_path.read_bytes(), type=_ShardIndex).weight_map
+        except (ValueError, msgspec.MsgspecError, RecursionError) as error:
             raise InvalidDataError(f"{index_path}: not a shard index: {error}") from error
+        if not weight_map:
+            raise InvalidDataError(f"{index_path}: names no shard")
         shards: dict[Path, set[str]] = {}
         for tensor, file_name in weight_map.items():
             if Path(file_name).name != file_name or not file_name.endswith(".safetensors"):
@@ -163,24 +177,36 @@ def _refuse_other_formats(folder: Path) -> dict[Path, set[str]]:
     raise InvalidDataError(f"{folder}: neither {_SINGLE_NAME} nor {_INDEX_NAME} is there")
 
 
-def _read_header(shard: Path) -> Iterator[TensorRecord]:
+def _read_header(shard: Path) -> list[TensorRecord]:
     with shard.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(_HEADER_LENGTH_BYTES)
         length = int.from_bytes(prefix, "little")
-        if len(prefix) < _HEADER_LENGTH_BYTES or length > min(size, _MAX_HEADER_BYTES):
+        room = size - _HEADER_LENGTH_BYTES
+        if len(prefix) < _HEADER_LENGTH_BYTES or length > min(room, _MAX_HEADER_BYTES):
             raise InvalidDataError(
                 f"{shard}: not a safetensors file: header of {length} bytes in a file of {size}"
             )
         header = file.read(length)
     try:
         entries = json.loads(header)
-        entries.pop("__metadata__", None)
-    except (ValueError, AttributeError) as error:
+        if not isinstance(entries, dict):
+            raise ValueError("it is not an object")
+    except (ValueError, RecursionError) as error:
         raise InvalidDataError(f"{shard}: damaged safetensors header: {error}") from error
+    entries.pop("__metadata__", None)
     data_start = _HEADER_LENGTH_BYTES + length
-    for name, entry in entries.items():
-        yield _record(shard, name, entry, data_start=data_start, file_size=size)
+    records = [
+        _record(shard, name, entry, data_start=data_start, file_size=size)
+        for name, entry in entries.items()
+    ]
+    by_offset = sorted((record for record in records if record.nbytes), key=lambda one: one.offset)
+    for before, after in pairwise(by_offset):
+        if before.offset + before.nbytes > after.offset:
+            raise InvalidDataError(
+                f"{shard}: tensors {before.name!r} and {after.name!r} overlap; the header lies"
+            )
+    return records
 
 
 def _record(
@@ -188,8 +214,8 @@ def _record(
 ) -> TensorRecord:
     try:
         dtype = _DTYPES[entry["dtype"]]
-        shape = tuple(int(size) for size in entry["shape"])
-        begin, end = (int(offset) for offset in entry["data_offsets"])
+        shape = tuple(_natural(size) for size in entry["shape"])
+        begin, end = (_natural(offset) for offset in entry["data_offsets"])
     except KeyError as error:
         raise InvalidDataError(f"{shard}: tensor {name!r}: unknown or missing {error}") from error
     except (TypeError, ValueError) as error:
@@ -197,7 +223,7 @@ def _record(
     expected = dtype.itemsize
     for size in shape:
         expected *= size
-    if begin < 0 or end - begin != expected:
+    if end - begin != expected:
         raise InvalidDataError(
             f"{shard}: tensor {name!r}: {end - begin} bytes for shape {list(shape)} of {dtype}, "
             f"which takes {expected}"
@@ -210,8 +236,17 @@ def _record(
     return TensorRecord(name, shard, dtype, shape, data_start + begin, expected)
 
 
+def _natural(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a size or an offset")
+    return value
+
+
 def _read_exactly(record: TensorRecord, buffer: memoryview) -> None:
-    descriptor = os.open(record.file, os.O_RDONLY)
+    try:
+        descriptor = os.open(record.file, os.O_RDONLY)
+    except OSError as error:
+        raise InvalidDataError(f"{record.file}: tensor {record.name!r}: {error}") from error
     try:
         done = 0
         while done < record.nbytes:
