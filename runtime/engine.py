@@ -24,7 +24,7 @@ from .prompt import Prompt, encode
 from .request import GenerationRequest, SamplingParams
 from .runner import ModelRunner
 from .sampler import Sampler
-from .scheduler import Scheduler
+from .scheduler import ScheduledBatch, ScheduledSpan, Scheduler
 from .sequence import Sequence
 from .stats import ExpertUsage, GenerationStats, GenerationTimings, StepStats
 from .tier import ExpertTier, build_tier, expert_source
@@ -198,6 +198,30 @@ class Engine:
                 sequence.stats.timings.ttft_s = time.perf_counter() - sequence.began_s
             pieces[sequence] = sequence.accept(token)
         return pieces
+
+    def logprobs(self, texts: Rows[Rows[int]]) -> list[torch.Tensor]:
+        """Log-probability in nats of each token but the first, given those before it: [n - 1] fp32.
+
+        One pass over all texts (token ids) side by side, apart from what is queued; its logits,
+        [tokens of all texts, vocabulary] in fp32, are in memory at once. Raises UsageError for a
+        text that is no prompt, TransferError if an expert cannot be read.
+        """
+        sequences = [self._sequence(list(text), SamplingParams(max_tokens=1)) for text in texts]
+        spans: list[ScheduledSpan[Sequence]] = []
+        start = 0
+        for sequence in sequences:
+            end = start + sequence.num_pending
+            spans.append(ScheduledSpan(sequence, start, end, is_last=True))
+            start = end
+        logits = self._runner.run(ScheduledBatch(tuple(spans)), every_row=True).logits
+        return [
+            -torch.nn.functional.cross_entropy(
+                logits[span.start : span.end - 1],
+                torch.tensor(span.sequence.prompt_token_ids[1:], device=logits.device),
+                reduction="none",
+            )
+            for span in spans
+        ]
 
     def close(self) -> None:
         """Stop reading and free the expert memory; idempotent."""

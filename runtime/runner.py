@@ -16,7 +16,10 @@ from .stats import ExpertTraffic
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """A pass's result: logits [sequences that sample, vocabulary] in fp32, and what it took."""
+    """A pass's result: logits [sequences that sample, vocabulary] in fp32, and what it took.
+
+    With `every_row` the logits are those of every row of the pass, [T, vocabulary].
+    """
 
     sampled: tuple[Sequence, ...]
     logits: torch.Tensor
@@ -37,7 +40,7 @@ class ModelRunner:
         adapter.install(loaded.model, loaded.layers, executor.forward)
 
     @torch.inference_mode()
-    def run(self, batch: ScheduledBatch[Sequence]) -> StepOutput:
+    def run(self, batch: ScheduledBatch[Sequence], *, every_row: bool = False) -> StepOutput:
         """One forward pass. Raises TransferError if an expert cannot be read."""
         began = time.perf_counter()
         self._begin(batch)
@@ -51,7 +54,9 @@ class ModelRunner:
             for span in batch.spans
             for offset in range(span.num_tokens)
         ]
-        last_rows = [span.end - 1 for span in batch.spans if span.is_last]
+        rows = [span.end - 1 for span in batch.spans if span.is_last]
+        if every_row:
+            rows = list(range(batch.num_tokens))
         spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
         with self._attention.over(spans):
             output = self._model(
@@ -59,7 +64,7 @@ class ModelRunner:
                 position_ids=torch.tensor([positions], device=self._device),
                 past_key_values=self._attention.past,
                 use_cache=False,
-                logits_to_keep=torch.tensor(last_rows, dtype=torch.long, device=self._device),
+                logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self._device),
             )
         for span in batch.spans:
             span.sequence.num_computed += span.num_tokens

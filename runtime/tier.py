@@ -78,7 +78,7 @@ def expert_source(
         if fmt in ("auto", in_place.format):
             return in_place
     if fmt == "auto":
-        fmt = _plain_format(loaded.dtype)
+        fmt = plain_format(loaded.dtype)
         logger.info("experts are packed as %s: %s", fmt, obstacle)
     return store_for(
         SourceIdentity.of(loaded.folder, loaded.checkpoint.files),
@@ -195,5 +195,6 @@ def _predictor_factory(
     return name, lambda: lookahead(shape, gates, scoring=scoring, tokens="all")
 
 
-def _plain_format(dtype: torch.dtype) -> str:
+def plain_format(dtype: torch.dtype) -> str:
+    """Name of the format that keeps weights of `dtype` as they are."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]

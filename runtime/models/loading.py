@@ -51,6 +51,13 @@ class LoadedModel:
         """The experts as they lie in the checkpoint. InvalidDataError if one is damaged."""
         return CheckpointExperts(self.checkpoint, self.layers, plan=self.plan, shape=self.shape)
 
+    @property
+    def expert_bytes(self) -> int:
+        """Bytes of all routed experts in the checkpoint."""
+        targets = (f"{layer.name}.{name}" for layer in self.layers for name in layer.projections)
+        plans = [self.plan[target] for target in targets if target in self.plan]
+        return sum(self.checkpoint.tensors[name].nbytes for plan in plans for name in plan.names())
+
     def in_place_obstacle(self) -> str | None:
         """Why `experts_in_place` cannot serve this checkpoint, or None."""
         return in_place_obstacle(self.checkpoint, self.layers, self.plan)
@@ -178,13 +185,18 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
+        # Without its files some families' tokenizer is made all the same, with no vocabulary.
+        if not tokenizer("a", add_special_tokens=False)["input_ids"]:
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise InvalidDataError(
             f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): "
-            f"{str(error).strip().splitlines()[0]}; copy the tokenizer files of the model there, or "
-            "give prompt_token_ids"
+            f"{str(error).strip().splitlines()[0]}; copy the tokenizer files of the model there"
         ) from error
+    return tokenizer
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
