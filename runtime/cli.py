@@ -18,6 +18,9 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("commands.verify", "Check every checksum of an expert store."),
     "inspect": ("commands.inspect", "Say what a store, trace, predictor or model is."),
     "env": ("commands.env", "Versions, devices, memory, measured speeds, advice."),
+    "collect": ("commands.collect", "Record routing traces of a model on text."),
+    "analyze": ("commands.analyze", "Expert analysis of traces: JSON, figures, one HTML page."),
+    "compare": ("commands.compare", "Traces of several models side by side."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),
 }
 INTERRUPTED = 130
