@@ -204,16 +204,18 @@ class ExpertExecutor:
         return replace(forecast, step=step)
 
 
-def _rows_by_expert(ids: np.ndarray) -> dict[int, torch.Tensor]:
+def _rows_by_expert(ids: np.ndarray) -> dict[int, np.ndarray]:
     """Flat positions t * K + k by expert, experts ascending and positions ascending."""
+    if ids.shape[0] == 1:  # a token's experts are distinct, and sorting six needs no numpy
+        chosen = ids[0].tolist()
+        ranked = sorted(range(len(chosen)), key=chosen.__getitem__)
+        return {chosen[position]: np.array([position]) for position in ranked}
     flat = ids.reshape(-1)
     order = np.argsort(flat, kind="stable")
-    positions = torch.from_numpy(order)
-    experts = flat[order].tolist()
-    if ids.shape[0] == 1:  # a token's experts are distinct: one position each
-        return dict(zip(experts, positions.split(1), strict=True))
-    starts = [0, *(np.flatnonzero(np.diff(flat[order])) + 1).tolist(), len(experts)]
-    return {experts[start]: positions[start:end] for start, end in pairwise(starts)}
+    experts = flat[order]
+    starts = np.flatnonzero(experts[1:] != experts[:-1]) + 1
+    bounds = [0, *starts.tolist(), len(order)]
+    return {int(experts[start]): order[start:end] for start, end in pairwise(bounds)}
 
 
 def _union(forecasts: list[Forecast]) -> list[Forecast]:

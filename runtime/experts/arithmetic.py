@@ -8,6 +8,7 @@ slots, never experts, and moves no weights.
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -32,7 +33,7 @@ class ExpertArithmetic(Protocol):
         hidden_states: torch.Tensor,
         *,
         slots: Sequence[int],
-        rows: Sequence[torch.Tensor],
+        rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
     ) -> None:
@@ -57,20 +58,20 @@ class KernelArithmetic:
         hidden_states: torch.Tensor,
         *,
         slots: Sequence[int],
-        rows: Sequence[torch.Tensor],
+        rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is not asked."""
-        positions = torch.cat(list(rows)) if len(rows) > 1 else rows[0]
-        counts = torch.tensor([len(one) for one in rows])
-        slot_ids = torch.tensor(slots).repeat_interleave(counts)
+        # In numpy, since each op of torch on a handful of indices costs ten times as much.
+        positions = np.concatenate(rows)
+        slot_ids = np.repeat(np.asarray(slots), [len(one) for one in rows])
         expert_outputs(
             hidden_states,
-            (positions // top_k, slot_ids),
+            (torch.from_numpy(positions // top_k), torch.from_numpy(slot_ids)),
             self._weights,
             out=out,
-            out_rows=positions,
+            out_rows=torch.from_numpy(positions),
             impl=self._impl,
         )
 
@@ -92,12 +93,13 @@ class ModuleArithmetic:
         hidden_states: torch.Tensor,
         *,
         slots: Sequence[int],
-        rows: Sequence[torch.Tensor],
+        rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is the experts module, its weights on meta."""
-        for slot, positions in zip(slots, rows, strict=True):
+        for slot, row in zip(slots, rows, strict=True):
+            positions = torch.from_numpy(row)
             states = hidden_states[positions // top_k]  # [n, H]
             out[positions] = self._expert(module, slot, states).to(out.dtype)
 
