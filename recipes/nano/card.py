@@ -112,7 +112,8 @@ python -m recipes.nano all --tokens {run.tokens}
 ```
 
 The figures below are those of the run that made these weights. Another run's will differ a
-little: its threads add up in another order, and the code domain is the library of the Python that runs it."""
+little: its threads add up in another order, and the code domain is the library of the Python that
+runs it."""
 
 
 def _data(tokens: Path) -> str:
