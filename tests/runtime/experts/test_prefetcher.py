@@ -93,6 +93,7 @@ def test_layers_that_have_passed_are_not_prefetched() -> None:
     bench.prefetcher.advance(3, 2)
     assert bench.queued() == [key(3, 0)]
     bench.prefetcher.offer(forecast(2, {key(3, 7): 0.9}))
+    assert key(3, 7) not in bench.prefetcher.wanted
     bench.prefetcher.advance(3, 2)
     assert bench.queued() == [key(3, 0)]
 
@@ -198,7 +199,12 @@ def test_the_budget_of_a_step_is_the_link_time_that_misses_leave() -> None:
         first = len(bench.queued())
         bench.engine.complete_all()
         bench.prefetcher.advance(30, 0)
-        return first + len(bench.queued())
+        second = len(bench.queued())
+        bench.prefetcher.end_step(stall_s=0.0, on_demand_bytes=on_demand_bytes)
+        bench.engine.complete_all()
+        bench.prefetcher.advance(30, 0)
+        assert bench.queued(), "the next step has a budget of its own"
+        return first + second
 
     # One step takes 1 s, in which the link carries 10 experts; deadlines allow for 5 to 7.
     assert num_issued(0) == 10

@@ -54,6 +54,22 @@ def test_a_read_error_is_tried_again_twice(
     assert loose.is_held(KEYS[1], arena, 1)
 
 
+def test_a_read_that_gets_on_may_fail_more_often(
+    disk: Any, loose: SyntheticExperts, arena: SlotArena
+) -> None:
+    def answer(fd: int, buffers: list[memoryview], offset: int) -> int:
+        if len(disk.log) % 3:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return min(disk.preadv(fd, buffers, offset), 2000)
+
+    with ThreadTransfer(loose, arena, num_threads=1, direct=False) as engine:
+        engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
+        disk.answer, disk.log = answer, []
+        engine.submit(KEYS[1], 1, Kind.ON_DEMAND).wait()
+        assert len(disk.log) > 12
+    assert loose.is_held(KEYS[1], arena, 1)
+
+
 @pytest.mark.parametrize(("number", "num_tries"), [(errno.EIO, 3), (errno.EACCES, 1)])
 def test_a_lasting_read_error_costs_only_its_transfer(
     disk: Any, loose: SyntheticExperts, arena: SlotArena, number: int, num_tries: int
