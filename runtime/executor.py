@@ -68,6 +68,7 @@ class ExpertExecutor:
         self._before = CacheCounters()
         self._failed: list[Predictor] = []
         self._has_failed = False
+        self._is_decode = False
 
     @property
     def is_degraded(self) -> bool:
@@ -86,7 +87,11 @@ class ExpertExecutor:
         self._stall_s = 0.0
         self._before = replace(self.cache.counters)
         decoding = [one for one in self._observers if one.token_id is not None]
-        self._offer([self._ask(one, "before_token", one.token_id, 1) for one in decoding])
+        # Stalls of prompts say nothing about those of single tokens, so only pure decode steps
+        # are shown to the prefetcher's controller.
+        self._is_decode = bool(decoding) and len(decoding) == len(observers)
+        if self.prefetcher.reach:
+            self._offer([self._ask(one, "before_token", one.token_id, 1) for one in decoding])
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
 
@@ -102,9 +107,10 @@ class ExpertExecutor:
 
     def end_step(self) -> tuple[ExpertTraffic, float]:
         """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
-        self.prefetcher.end_step(
-            stall_s=self._stall_s, on_demand_bytes=self._traffic.bytes_on_demand
-        )
+        if self._is_decode:
+            self.prefetcher.end_step(
+                stall_s=self._stall_s, on_demand_bytes=self._traffic.bytes_on_demand
+            )
         now, before, traffic = self.cache.counters, self._before, self._traffic
         traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
         traffic.prefetch_used = now.prefetch_used - before.prefetch_used
@@ -157,6 +163,11 @@ class ExpertExecutor:
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         if not self._observers:
             return
+        if self.prefetcher.reach:  # turned down to nothing, prefetching should cost nothing
+            self._ask_all(layer_idx, hidden_states)
+        self.prefetcher.advance(self._step, layer_idx)
+
+    def _ask_all(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         self._offer(
             [
                 self._ask(
@@ -165,7 +176,6 @@ class ExpertExecutor:
                 for observer in list(self._observers)
             ]
         )
-        self.prefetcher.advance(self._step, layer_idx)
 
     def _observe(
         self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor
