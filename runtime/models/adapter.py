@@ -29,6 +29,7 @@ from ..errors import InvalidDataError, UnsupportedModelError
 from . import deepseek, encoding
 
 EXPERTS_IMPLEMENTATION = "outrider"
+_MAX_SHOWN = 300
 # (layer_idx, experts module, hidden_states [T, H], topk_ids [T, K], topk_weights [T, K]) -> [T, H]
 ExpertsFunction = Callable[
     [int, torch.nn.Module, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor
@@ -114,8 +115,8 @@ def load_config(folder: Path) -> Any:
     deepseek.register()
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except (ValueError, OSError, KeyError) as error:
-        raise UnsupportedModelError(f"{folder}: {_first_line(error)}") from error
+    except Exception as error:  # each family checks its fields in its own way
+        raise UnsupportedModelError(f"{folder}: config.json: {one_line(error)}") from error
     text_config = config.get_text_config()
     if text_config is not config:
         raise UnsupportedModelError(
@@ -131,8 +132,10 @@ def build_on_meta(config: Any, *, dtype: torch.dtype) -> Any:
             model = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation="eager", trust_remote_code=False
             )
-    except ValueError as error:
-        raise UnsupportedModelError(f"{config.model_type!r}: {_first_line(error)}") from error
+    except Exception as error:  # sizes that make no tensor, activations that nobody knows
+        raise UnsupportedModelError(
+            f"{config.model_type!r} cannot be built from this config.json: {one_line(error)}"
+        ) from error
     return model.eval()
 
 
@@ -173,9 +176,9 @@ def moe_layers(model: Any) -> list[MoeLayer]:
 def _router_of(parent: torch.nn.Module, *, num_experts: int) -> Any:
     for child in parent.children():
         weight = getattr(child, "weight", None)
-        if hasattr(child, "top_k") and isinstance(weight, torch.Tensor):
-            if weight.dim() == 2 and weight.shape[0] == num_experts:
-                return child
+        shape = weight.shape if isinstance(weight, torch.Tensor) else ()
+        if hasattr(child, "top_k") and len(shape) == 2 and shape[0] == num_experts:
+            return child
     return None
 
 
@@ -190,6 +193,10 @@ def routing_shape(model: Any, layers: list[MoeLayer], *, fingerprint: str = "") 
     down = getattr(layers[0].experts, "down_proj", None)
     if down is None:
         raise UnsupportedModelError(f"{config.model_type!r}: experts have no down_proj")
+    if not 1 <= top_k <= layers[0].num_experts:
+        raise InvalidDataError(
+            f"config.json asks for {top_k} experts per token and has {layers[0].num_experts}"
+        )
     is_transposed = layers[0].experts.is_transposed
     return ModelShape(
         num_moe_layers=len(layers),
@@ -252,7 +259,14 @@ def set_tensor(model: Any, name: str, value: torch.Tensor) -> None:
 
 
 def wanted_dtype(model: Any, name: str, *, dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a parameter is computed in: `dtype`, but for what the family keeps in fp32."""
+    """The dtype that a parameter is computed in: `dtype`, but for what the family keeps in fp32.
+
+    Whole numbers stay what they are.
+    """
+    module_name, _, leaf = name.rpartition(".")
+    current = getattr(model.get_submodule(module_name), leaf)
+    if not current.is_floating_point():
+        return current.dtype
     for pattern, kept in model._get_dtype_plan(dtype).items():
         if re.search(pattern, name):
             return kept
@@ -330,7 +344,7 @@ def router_gate(layer: MoeLayer) -> tuple[torch.Tensor, torch.Tensor | None] | N
 
 
 def router_scoring(layer: MoeLayer) -> str:
-    """"sigmoid" for routers that score experts one by one (with a correction bias), else "softmax"."""
+    """How scores become weights: "sigmoid" for routers with a correction bias, else "softmax"."""
     return "sigmoid" if hasattr(layer.router, "e_score_correction_bias") else "softmax"
 
 
@@ -360,5 +374,8 @@ def end_token_ids(config: Any, generation: Mapping[str, Any]) -> frozenset[int]:
     return frozenset([ends] if isinstance(ends, int) else ends)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def one_line(error: BaseException) -> str:
+    """What an error of transformers says, as one line that fits a message."""
+    text = " ".join(str(error).split())
+    shown = text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]}..."
+    return f"{type(error).__name__}: {shown}" if isinstance(error, KeyError) or not text else shown

@@ -220,6 +220,13 @@ def _window_of_mask(
     return torch.tensor([[[[_NO_WINDOW if local_size is None else local_size]]]])
 
 
+def _window(mask: torch.Tensor | None) -> int | None:
+    """What `_window_of_mask` made of a mask; None for a mask that it did not make."""
+    if mask is None or mask.numel() != 1 or mask.dtype != torch.int64:
+        return None
+    return int(mask)
+
+
 def _dispatch(
     module: Any,
     query: torch.Tensor,
@@ -238,17 +245,12 @@ def _dispatch(
         for name, argument in kwargs.items()
         if argument is not None and name not in _HARMLESS_ARGUMENTS
     )
-    is_ours = (
-        attention_mask is not None
-        and attention_mask.numel() == 1
-        and attention_mask.dtype == torch.int64
-    )
-    if unknown or not is_ours or dropout:
+    window = _window(attention_mask)
+    if unknown or window is None or dropout:
         raise UnsupportedModelError(
             f"{module.config.model_type!r}: its attention wants "
             f"{unknown or 'a mask of its own or dropout'}, which outrider's attention does not do"
         )
-    window = int(attention_mask)
     attention: RaggedAttention = module.outrider_attention
     return attention.attend(
         module,

@@ -64,6 +64,7 @@ class TensorRecord:
 class Checkpoint:
     """The tensors of a local model folder. Opening reads the headers only; blocks on the disk.
 
+    `config` is config.json as it stands there.
     Raises InvalidDataError where the folder, a shard or a header is missing or damaged, and
     UnsupportedModelError for pickled or GGUF weights.
     """
@@ -79,6 +80,7 @@ class Checkpoint:
             )
         if not (folder / "config.json").is_file():
             raise InvalidDataError(f"{folder}: no config.json, so this is not a model folder")
+        self.config = read_object(folder / "config.json")
         self._shards = _find_shards(folder)
         owners = {name: shard for shard, names in self._shards.items() for name in names}
         self.tensors: dict[str, TensorRecord] = {}
@@ -96,11 +98,6 @@ class Checkpoint:
             }
 
     @property
-    def config(self) -> dict:
-        """config.json as a dictionary."""
-        return json.loads((self.folder / "config.json").read_bytes())
-
-    @property
     def files(self) -> list[Path]:
         """The shards, by name."""
         return sorted(self._shards)
@@ -114,6 +111,17 @@ class Checkpoint:
         buffer = torch.empty(record.nbytes, dtype=torch.uint8)
         _read_exactly(record, buffer.numpy().data)
         return buffer.view(record.dtype).reshape(record.shape)
+
+
+def read_object(path: Path) -> dict:
+    """A file's JSON object. InvalidDataError naming the file if it holds anything else."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidDataError(f"{path} is not a JSON object but a {type(value).__name__}")
+    return value
 
 
 def fingerprint(config: Mapping, checksums: Mapping[str, int]) -> str:

@@ -5,6 +5,7 @@ a family's conversion only stacks experts and concatenates rows (or the checkpoi
 already); `in_place_obstacle` says why where it does not, and then the experts are packed instead.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from ..errors import InvalidDataError
 from ..experts.layout import ExpertLayout, Extent, TensorView, block_views
 from .adapter import Conversion, MoeLayer
 from .checkpoint import Checkpoint, TensorRecord
+
 
 @dataclass(frozen=True, slots=True)
 class _RowBlock:
@@ -53,24 +55,18 @@ class CheckpointExperts:
         self._layers = layers
         # One entry a layer: projection -> its row blocks (gate and up, or one).
         self._row_blocks = [
-            {
-                name: _row_blocks(checkpoint, layer, name, plan=plan)
-                for name in layer.projections
-            }
+            {name: _row_blocks(checkpoint, layer, name, plan=plan) for name in layer.projections}
             for layer in layers
         ]
-        dtypes = {
-            record.dtype
-            for projections in self._row_blocks
-            for blocks in projections.values()
-            for block in blocks
-            for record in block.records
-        }
-        if len(dtypes) != 1:
-            raise InvalidDataError(
-                f"{checkpoint.folder}: experts have mixed dtypes {sorted(map(str, dtypes))}"
-            )
-        dtype = dtypes.pop()
+        dtype = _only_dtype(
+            [
+                record
+                for projections in self._row_blocks
+                for blocks in projections.values()
+                for block in blocks
+                for record in block.records
+            ]
+        )
         self.format = FORMAT_OF_DTYPE[dtype]
         self.views: Mapping[str, TensorView]
         self.views, self.nbytes = block_views(
@@ -94,6 +90,18 @@ class CheckpointExperts:
     def checksum(self, key: ExpertKey) -> int | None:
         """None: safetensors files carry no checksums; a packed store does."""
         return None
+
+
+def _only_dtype(records: list[TensorRecord]) -> torch.dtype:
+    (dtype, count), *_ = Counter(record.dtype for record in records).most_common()
+    if count < len(records):
+        usual = next(record for record in records if record.dtype == dtype)
+        other = next(record for record in records if record.dtype != dtype)
+        raise InvalidDataError(
+            f"{other.file}: tensor {other.name!r} is {other.dtype} and {usual.name!r} is {dtype}; "
+            "the experts of a checkpoint have one dtype"
+        )
+    return dtype
 
 
 def in_place_obstacle(

@@ -4,10 +4,9 @@ Peak memory is the dense weights and one tensor (one layer's experts where a sto
 Knows no slots and no budget.
 """
 
-import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from ...collect.schema import ModelShape
 from ..errors import InvalidDataError
 from . import adapter
 from .adapter import Conversion, MoeLayer
-from .checkpoint import Checkpoint, checksum, fingerprint
+from .checkpoint import Checkpoint, checksum, fingerprint, read_object
 from .checkpoint_experts import CheckpointExperts, in_place_obstacle
 from .dense import QuantizedLinear, quantize_linears
 
@@ -26,6 +25,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 # What transformers leaves unsaid as well: rotary tables of old checkpoints.
 _IGNORED_NAMES = re.compile(r"rotary_emb\.inv_freq$")
+_READABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 Progress = Callable[[int, int], None]
 
 
@@ -133,10 +133,12 @@ def load_model(
     """
     device = device or torch.device("cpu")
     checkpoint = Checkpoint(folder)
+    generation = _generation_settings(folder)
     config = adapter.load_config(folder)
     dtype = dtype or _checkpoint_dtype(checkpoint, config)
     model = adapter.build_on_meta(config, dtype=dtype)
     layers = adapter.moe_layers(model)
+    shape = adapter.routing_shape(model, layers)
     plan, unexpected = adapter.conversion_plan(model, checkpoint.tensors)
     adapter.materialize_buffers(model, device=device)
     expert_targets = {f"{layer.name}.{name}" for layer in layers for name in layer.projections}
@@ -158,22 +160,17 @@ def load_model(
     model.tie_weights()
     unfilled = [name for name, module in quantized.items() if not module.parts]
     _refuse_missing(model, expert_targets, unfilled, folder=folder)
-    generation = folder / "generation_config.json"
     return LoadedModel(
         folder=folder,
         checkpoint=checkpoint,
         config=config,
         model=model,
         layers=layers,
-        shape=adapter.routing_shape(
-            model, layers, fingerprint=fingerprint(checkpoint.config, checksums)
-        ),
+        shape=replace(shape, fingerprint=fingerprint(checkpoint.config, checksums)),
         dtype=dtype,
         device=device,
         dense_bytes=_dense_bytes(model),
-        end_token_ids=adapter.end_token_ids(
-            config, json.loads(generation.read_bytes()) if generation.is_file() else {}
-        ),
+        end_token_ids=adapter.end_token_ids(config, generation),
         plan=plan,
         checksums=checksums,
         unused_tensors=tuple(name for name in unexpected if not _IGNORED_NAMES.search(name)),
@@ -191,12 +188,25 @@ def load_tokenizer(folder: Path) -> Any:
         # Without its files some families' tokenizer is made all the same, with no vocabulary.
         if not tokenizer("a", add_special_tokens=False)["input_ids"]:
             raise ValueError("it has no vocabulary")
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises the base class itself
         raise InvalidDataError(
             f"{folder}: no usable tokenizer (tokenizer.json and tokenizer_config.json): "
-            f"{str(error).strip().splitlines()[0]}; copy the tokenizer files of the model there"
+            f"{adapter.one_line(error)}; copy the tokenizer files of the model there"
         ) from error
     return tokenizer
+
+
+def _generation_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return {}
+    settings = read_object(path)
+    ends = settings.get("eos_token_id")
+    if any(type(end) is not int for end in (ends if isinstance(ends, list) else [ends or 0])):
+        raise InvalidDataError(
+            f"{path}: eos_token_id is {ends!r}; wanted is a token id or a list of them"
+        )
+    return settings
 
 
 def _checkpoint_dtype(checkpoint: Checkpoint, config: Any) -> torch.dtype:
@@ -233,12 +243,14 @@ def _load_dense(
 
     for conversion in conversions:
         for name, value in conversion.convert(read, model=model).items():
-            wanted = adapter.wanted_dtype(model, name, dtype=dtype)
+            is_plain = name not in quantized
+            wanted = adapter.wanted_dtype(model, name, dtype=dtype) if is_plain else dtype
             try:
-                if name in quantized:
-                    quantized[name].hold(value.to(device))
-                else:
+                _check_kind(value, wanted)
+                if is_plain:
                     adapter.set_tensor(model, name, value.to(device, wanted).contiguous())
+                else:
+                    quantized[name].hold(value.to(device))
             except InvalidDataError as error:
                 source = checkpoint.tensors[conversion.names()[0]]
                 raise InvalidDataError(f"{source.file}: {source.name!r}: {error}") from error
@@ -246,6 +258,14 @@ def _load_dense(
         if progress is not None:
             progress(done, total)
     return checksums
+
+
+def _check_kind(value: torch.Tensor, wanted: torch.dtype) -> None:
+    if wanted.is_floating_point and value.dtype not in _READABLE:
+        raise InvalidDataError(
+            f"the tensor is {value.dtype}; dense weights are read as float32, bfloat16 or float16, "
+            "and encoded ones by the quantization_config in config.json"
+        )
 
 
 def _refuse_missing(

@@ -1,4 +1,4 @@
-"""A qwen3_moe checkpoint of any size, streamed to disk: needs a block of memory, not the model's."""
+"""A qwen3_moe checkpoint of any size, streamed to disk in blocks: memory is not the limit."""
 
 import json
 from dataclasses import dataclass
