@@ -26,7 +26,7 @@ from ..runtime.request import GenerationRequest
 from ..runtime.sampler import SampledToken, Sampler, SamplerState
 from ..runtime.stats import ExpertTraffic
 from ..runtime.tier import build_tier
-from .link import drop_page_cache
+from .bandwidth import drop_page_cache
 from .records import Measurement, Passage, Recording, Subject
 from .roofline import Pass
 

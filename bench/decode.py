@@ -35,7 +35,7 @@ class DecodeOptions:
     store: str | None = None
     prompts: str = BUILT_IN
     num_passages: int = 2
-    num_tokens: int = 32
+    num_tokens: int = 24
     prompt_tokens: int = 16
     follows_text: bool = True
     repetitions: int = 5

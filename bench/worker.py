@@ -17,7 +17,7 @@ import msgspec
 
 from ..runtime import errors
 from ..runtime.errors import OutriderError
-from .link import link_bandwidth
+from .bandwidth import link_bandwidth, read_bandwidth
 from .records import Bandwidths, Passage
 
 CLOSE_TIMEOUT_S = 20.0
@@ -113,10 +113,8 @@ class Probe:
 
     def measure(self, files: list[str], seed: int) -> Bandwidths:
         """Both bandwidths, now. Blocks for some 0.3 s."""
-        from ..runtime.machine import memory_read_bandwidth
-
         link = link_bandwidth([Path(file) for file in files], seed=seed)
-        return Bandwidths(memory_read_bandwidth(), link.bytes_per_s, link.is_direct)
+        return Bandwidths(read_bandwidth(), link.bytes_per_s, link.is_direct)
 
     def close(self) -> None:
         """Nothing to free."""

@@ -45,7 +45,7 @@ def decode(
     arms: Annotated[
         str, typer.Option(help="resident, on-demand, prefetch: names with commas")
     ] = "resident,on-demand,prefetch",
-    tokens: Annotated[int, typer.Option(help="tokens to decode a passage")] = 32,
+    tokens: Annotated[int, typer.Option(help="tokens to decode a passage")] = 24,
     prompts: Annotated[
         str, typer.Option(help="built-in (held-out text), or a file with a text a line")
     ] = "built-in",

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.bench.link import drop_page_cache, link_bandwidth
+from outrider.bench.bandwidth import drop_page_cache, link_bandwidth
 from outrider.bench.roofline import Pass, Roofline, lru_misses
 
 NUM_EXPERTS = 6

@@ -1,7 +1,7 @@
-"""How fast the model's files can be read past the page cache, and how to empty it of them.
+"""How fast memory and the model's files can be read at best, and how to empty the page cache.
 
-Reads whole pieces with as many threads as the engine copies with, and does nothing with them: what
-a transfer engine could reach at best. Knows no expert.
+Files are read in whole pieces with as many threads as the engine copies with, and nothing is done
+with them: what a transfer engine could reach. Knows no expert.
 """
 
 import mmap
@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+READ_BYTES = 256 << 20
+READ_REPETITIONS = 3
 LINK_BYTES = 128 << 20
 PIECE_BYTES = 1 << 20
 NUM_THREADS = 2
@@ -25,6 +27,27 @@ class Link:
 
     bytes_per_s: float
     is_direct: bool
+
+
+def read_bandwidth() -> float:
+    """Bytes a second of a plain read of 256 MiB by all of torch's threads, best of 3. Blocks.
+
+    Read by the native kernels' own threads where they were built, else summed by torch.
+    """
+    import torch
+
+    from ..kernels import native
+
+    block = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    times = []
+    for _ in range(READ_REPETITIONS):
+        began = time.perf_counter()
+        if native.is_available():
+            native.read(block, num_threads=torch.get_num_threads())
+        else:
+            block.sum()
+        times.append(time.perf_counter() - began)
+    return READ_BYTES / min(times)
 
 
 def link_bandwidth(files: Sequence[Path], *, seed: int = 0) -> Link:
