@@ -3,6 +3,7 @@
 `step` is schedule, run, apply. Knows neither commands nor sockets; `tier` puts its parts together.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable
@@ -14,13 +15,14 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from ..predictors.base import Predictor
 from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .errors import OutriderError, UsageError
 from .generation import GenerationChunk, GenerationResult
 from .models import adapter
 from .models.loading import LoadedModel, load_model, load_tokenizer, resolve_folder
-from .prompt import Prompt, encode
+from .prompt import Prompt, encode, is_one, request_of
 from .request import GenerationRequest, SamplingParams
 from .runner import ModelRunner
 from .sampler import Sampler
@@ -28,6 +30,8 @@ from .scheduler import ScheduledBatch, ScheduledSpan, Scheduler
 from .sequence import Sequence
 from .stats import ExpertUsage, GenerationStats, GenerationTimings, StepStats
 from .tier import ExpertTier, build_tier, expert_source
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_NUM_SEQS = 8
@@ -71,9 +75,7 @@ class Engine:
         while weights are read and, the first time a format is asked for, packed;
         `progress(what, done, total)` is told. Raises OutriderError.
         """
-        return cls.from_config(
-            EngineConfig(**options), model=model, store=store, progress=progress
-        )
+        return cls.from_config(EngineConfig(**options), model=model, store=store, progress=progress)
 
     @classmethod
     def from_config(
@@ -101,9 +103,7 @@ class Engine:
             progress=told("loading dense weights"),
         )
         tokenizer = load_tokenizer(folder)
-        source = expert_source(
-            loaded, config.format, store=store, progress=told("packing experts")
-        )
+        source = expert_source(loaded, config.format, store=store, progress=told("packing experts"))
         engine = cls(
             loaded, build_tier(loaded, config, source=source), config=config, tokenizer=tokenizer
         )
@@ -118,8 +118,7 @@ class Engine:
         Raises UsageError before anything runs, TransferError if an expert cannot be read.
         """
         params = params or SamplingParams()
-        single = isinstance(prompts, str) or _is_token_ids(prompts)
-        many: list[Prompt] = [prompts] if single else list(prompts)  # type: ignore[list-item]
+        many: Any = [prompts] if is_one(prompts) else list(prompts)
         sequences = [self._sequence(prompt, params) for prompt in many]
         try:
             for sequence in sequences:
@@ -146,19 +145,27 @@ class Engine:
     def _stream(self, sequence: Sequence) -> Generator[GenerationChunk, None, GenerationResult]:
         self._scheduler.add(sequence)
         try:
-            while not sequence.is_finished:
-                text = self.step().get(sequence)
+            num_tokens = num_chars = 0
+            while not sequence.is_finished or num_tokens < len(sequence.token_ids):
+                if num_tokens == len(sequence.token_ids):
+                    self.step()
                 if sequence.error is not None:
                     raise sequence.error
-                if text is not None:
-                    yield GenerationChunk((sequence.token_ids[-1],), text, sequence.finish_reason)
+                # Steps that others took brought this one further as well.
+                token_ids = tuple(sequence.token_ids[num_tokens:])
+                if token_ids:
+                    text = sequence.text[num_chars:]
+                    num_tokens += len(token_ids)
+                    num_chars += len(text)
+                    yield GenerationChunk(token_ids, text, sequence.finish_reason)
         finally:
             self._drop([sequence])
         return GenerationResult.of(sequence)
 
     def submit(self, request: GenerationRequest) -> Sequence:
         """Queue a request for `step` to run. Raises UsageError if it can never run."""
-        prompt: Any = request.prompt_token_ids or request.messages or request.prompt
+        kinds = (request.prompt, request.messages, request.prompt_token_ids)
+        prompt: Any = next(kind for kind in kinds if kind is not None)
         sequence = self._sequence(prompt, request)
         self._scheduler.add(sequence)
         return sequence
@@ -169,6 +176,7 @@ class Engine:
         An expert that cannot be read ends the sequences of that pass with an error and leaves the
         engine usable.
         """
+        self._refuse_closed()
         batch = self._scheduler.schedule()
         if not batch.spans:
             return {}
@@ -240,16 +248,27 @@ class Engine:
     ) -> None:
         self.close()
 
-    def _sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
+    def _refuse_closed(self) -> None:
         if self._is_closed:
             raise UsageError("the engine is closed; make a new one")
-        token_ids = encode(self.tokenizer, prompt)
-        request = GenerationRequest.from_params(params, prompt_token_ids=token_ids)
+
+    def _predictor(self, token_ids: list[int]) -> Predictor | None:
+        try:
+            predictor = self.tier.make_predictor()
+            if predictor is not None:
+                predictor.begin(np.asarray(token_ids, dtype=np.int64))
+        except Exception as error:  # whatever goes wrong in it costs speed only
+            logger.warning("predictor %s cannot begin: %s", self.tier.predictor_name, error)
+            self.tier.executor.mark_degraded()
+            return None
+        return predictor
+
+    def _sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
+        self._refuse_closed()
+        request = request_of(prompt, params)
+        token_ids = encode(self.tokenizer, request)
         request.validate_against(self.vocab_size, self.max_length, prompt_token_ids=token_ids)
         sampler = Sampler(params, vocab_size=self.vocab_size, device=self.loaded.device)
-        predictor = self.tier.make_predictor()
-        if predictor is not None:
-            predictor.begin(np.asarray(token_ids, dtype=np.int64))
         shape, slots = self.loaded.shape, self.tier.num_slots
         slot_bytes = self.tier.source.nbytes
         return Sequence(
@@ -257,10 +276,8 @@ class Engine:
             params=params,
             sampler=sampler,
             sampler_state=sampler.begin(token_ids),
-            detokenizer=Detokenizer(
-                self.tokenizer, stop=params.stop, prompt_token_ids=token_ids
-            ),
-            predictor=predictor,
+            detokenizer=Detokenizer(self.tokenizer, stop=params.stop, prompt_token_ids=token_ids),
+            predictor=self._predictor(token_ids),
             stats=GenerationStats(
                 GenerationTimings(load_s=self.load_s),
                 ExpertUsage(shape.num_routed_experts, slots, slots * slot_bytes, slot_bytes),
@@ -272,6 +289,7 @@ class Engine:
         for sequence in sequences:
             if not sequence.is_finished:
                 sequence.cancel("cancelled")
+        self._scheduler.forget_finished()
 
 
 def _refuse_unavailable(config: EngineConfig) -> None:
@@ -283,8 +301,3 @@ def _refuse_unavailable(config: EngineConfig) -> None:
         raise UsageError(
             "host_memory: without a GPU the expert slots are host memory; use expert_memory"
         )
-
-
-def _is_token_ids(prompts: Any) -> bool:
-    return isinstance(prompts, (list, tuple)) and bool(prompts) and isinstance(prompts[0], int)
-

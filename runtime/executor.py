@@ -75,6 +75,10 @@ class ExpertExecutor:
         """A predictor was switched off or reads ahead fail: slower, never wrong."""
         return self._has_failed or self._transfers.degraded
 
+    def mark_degraded(self) -> None:
+        """Remember that a predictor failed before it was asked for anything here."""
+        self._has_failed = True
+
     def begin_step(self, step: int, observers: Sequence[Observer]) -> None:
         """A forward pass begins. `step` counts passes; `observers` cover its rows in order.
 

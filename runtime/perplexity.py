@@ -23,7 +23,7 @@ from .experts.layout import ExpertSource
 from .experts.pack import pack_store
 from .models import adapter
 from .models.loading import LoadedModel
-from .prompt import encode
+from .prompt import encode_text
 from .tier import build_tier, plain_format
 
 NUM_TOKENS = 4096
@@ -110,7 +110,7 @@ def held_out(
     for piece in _in_turn([_in_turn(documents) for documents in domains.values()]):
         if num_tokens < 1:
             break
-        window = encode(tokenizer, piece)[: min(context, num_tokens + 1)]
+        window = encode_text(tokenizer, piece)[: min(context, num_tokens + 1)]
         if len(window) > 1:
             windows.append(window)
             num_tokens -= len(window) - 1

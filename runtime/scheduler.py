@@ -84,13 +84,16 @@ class Scheduler(Generic[S]):
         """All that are not finished, running ones first."""
         return [*self._running, *self._waiting]
 
+    def forget_finished(self) -> None:
+        """Hold on to nothing that has finished, running or still waiting."""
+        self._running = [one for one in self._running if not one.is_finished]
+        self._waiting = deque(one for one in self._waiting if not one.is_finished)
+
     def schedule(self) -> ScheduledBatch[S]:
         """Plan the next pass and forget what has finished."""
-        self._running = [one for one in self._running if not one.is_finished]
+        self.forget_finished()
         while self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting.popleft()
-            if not sequence.is_finished:
-                self._running.append(sequence)
+            self._running.append(self._waiting.popleft())
         room = self._max_num_batched_tokens
         spans: list[ScheduledSpan[S]] = []
         start = 0

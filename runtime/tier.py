@@ -14,7 +14,7 @@ import torch
 from ..collect.schema import ExpertKey
 from ..kernels.expert_mlp import supports
 from ..kernels.weights import ExpertWeights
-from ..predictors.base import Predictor, predictor_class
+from ..predictors.base import NAMES, Predictor, predictor_class
 from . import memory
 from .config import EngineConfig
 from .errors import UsageError
@@ -104,13 +104,15 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
             "verify_on_load: the checkpoint's own files carry no checksums; pack the experts "
             f"(outrider pack ... --format {source.format} --out DIR) and run from there"
         )
-    arena = SlotArena(num_slots, source.views, source.nbytes, device=loaded.device)
-    transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)
+    predictor_name, make_predictor = _predictor_factory(loaded, config)
+    prefetch = cast("Mode", config.prefetch if predictor_name != "none" else "off")
     cache = ExpertCache(
         num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
     )
-    predictor_name, make_predictor = _predictor_factory(loaded, config)
-    prefetch = cast("Mode", config.prefetch if predictor_name != "none" else "off")
+    arena = SlotArena(num_slots, source.views, source.nbytes, device=loaded.device)
+    arithmetic = _arithmetic(loaded, source, arena)
+    # Threads are started last, when nothing is left that could be refused.
+    transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)
     executor = ExpertExecutor(
         shape=source.shape,
         cache=cache,
@@ -118,7 +120,7 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         prefetcher=Prefetcher(
             cache, transfers, shape=source.shape, nbytes=source.nbytes, mode=prefetch
         ),
-        arithmetic=_arithmetic(loaded, source, arena),
+        arithmetic=arithmetic,
         block_bytes=source.nbytes,
     )
     return ExpertTier(source, arena, transfers, executor, make_predictor, num_slots, predictor_name)
@@ -184,6 +186,11 @@ def _predictor_factory(
         return "none", lambda: None
     shape = loaded.shape
     if name != "lookahead":
+        if name not in NAMES:
+            raise UsageError(
+                f"predictor {name!r}: a folder that outrider train made cannot be loaded by this "
+                f"version; accepted are none, {', '.join(NAMES)}"
+            )
         kind = predictor_class(name)
         return name, lambda: kind(shape)
     gates = [adapter.router_gate(layer) for layer in loaded.layers]
