@@ -9,10 +9,14 @@ class CollectError(ValueError):
     exit_code = 1
 
 
-class UnknownDatasetError(CollectError):
-    """A data set name that nothing is known by; the message lists the known ones."""
+class SettingsError(CollectError):
+    """A setting is out of range or contradicts another."""
 
     exit_code = 2
+
+
+class UnknownDatasetError(SettingsError):
+    """A data set name that nothing is known by; the message lists the known ones."""
 
 
 class CorpusError(CollectError):

@@ -65,7 +65,7 @@ class Samples:
         """xxh3_64 (hex) over everything chosen."""
         digest = xxhash.xxh3_64()
         for array in (self.token_ids, self.lengths, self.document_id, self.split, self.offset):
-            digest.update(np.ascontiguousarray(array))
+            digest.update(array.tobytes())
         return digest.hexdigest()
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .errors import CollectError
+from .errors import SettingsError
 from .schema import ModelShape
 from .trace.columns import PROBABILITIES, Probabilities, ids_dtype
 
@@ -19,7 +19,7 @@ class CollectSettings:
     layers.
 
     `batch_size` None takes the device's own; `samples_per_shard` None aims at 48 MiB before
-    packing. CollectError where a value is out of range.
+    packing. SettingsError where a value is out of range.
     """
 
     traces: int
@@ -34,15 +34,15 @@ class CollectSettings:
         for name in ("traces", "batch_size", "samples_per_shard"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise CollectError(f"{name} is {value}; accepted are 1 and more")
+                raise SettingsError(f"{name} is {value}; accepted are 1 and more")
         if self.probabilities not in PROBABILITIES:
-            raise CollectError(
+            raise SettingsError(
                 f"probabilities {self.probabilities!r}; accepted are {', '.join(PROBABILITIES)}"
             )
 
 
 def hidden_layers(asked: str | Sequence[int], num_moe_layers: int) -> tuple[int, ...]:
-    """Which Mixture-of-Experts layers' router inputs are kept. CollectError for unknown ones."""
+    """Which Mixture-of-Experts layers' router inputs are kept. SettingsError for unknown ones."""
     if asked == "none":
         return ()
     if asked == "ensemble":
@@ -54,9 +54,9 @@ def hidden_layers(asked: str | Sequence[int], num_moe_layers: int) -> tuple[int,
         parts = asked.split(",") if isinstance(asked, str) else asked
         layers = tuple(sorted({int(layer) for layer in parts}))
     except ValueError:
-        raise CollectError(f"hidden states {asked!r}; accepted are {accepted}") from None
+        raise SettingsError(f"hidden states {asked!r}; accepted are {accepted}") from None
     if any(not 0 <= layer < num_moe_layers for layer in layers):
-        raise CollectError(f"hidden states {asked!r}; accepted are {accepted}")
+        raise SettingsError(f"hidden states {asked!r}; accepted are {accepted}")
     return layers
 
 

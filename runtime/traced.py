@@ -7,6 +7,7 @@ Owns the three ways in and closes them again. Knows nothing of what is recorded.
 from __future__ import annotations
 
 import logging
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -194,8 +195,9 @@ def _quantize_parameter(module: torch.nn.Module, name: str) -> None:
 
 def _quantize_linears(model: torch.nn.Module) -> None:
     """Dense linear layers but the output head as bitsandbytes' 4-bit layers."""
-    from bitsandbytes.nn import Linear4bit
+    from bitsandbytes.nn import Linear4bit, Params4bit
 
+    quantized: Any = Params4bit  # its arguments are those of __new__, which checkers do not see
     for parent in list(model.modules()):
         for leaf, child in list(parent.named_children()):
             if type(child) is not torch.nn.Linear or child is model.get_output_embeddings():  # type: ignore[operator]
@@ -209,7 +211,7 @@ def _quantize_linears(model: torch.nn.Module) -> None:
                 quant_type="nf4",
                 device="meta",
             )
-            weight = type(made.weight)(child.weight.data, requires_grad=False, quant_type="nf4")
+            weight = quantized(child.weight.data, requires_grad=False, quant_type="nf4")
             made.weight = weight.to(device)
             made.bias = child.bias
             setattr(parent, leaf, made)
@@ -222,7 +224,10 @@ def _offloaded(
     folder.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
+    if not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()
     shape = _shape_of(folder)
     resources = ExitStack()
     scratch = resources.enter_context(tempfile.TemporaryDirectory(prefix="outrider-offload-"))

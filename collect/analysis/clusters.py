@@ -98,7 +98,8 @@ def router_features(tensors: dict[str, Any], layer_idx: int, num_experts: int) -
 def _fit(features: np.ndarray, number: int, *, seed: int) -> np.ndarray:
     from sklearn.cluster import KMeans
 
-    return KMeans(number, n_init=3, random_state=seed).fit_predict(features)
+    starts: Any = 3  # an int, which the published types do not allow
+    return KMeans(number, n_init=starts, random_state=seed).fit_predict(features)
 
 
 def _by_first_member(labels: np.ndarray) -> list[int]:

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from ..durable import durable_write
-from ..errors import CollectError
+from ..errors import SettingsError
 from .document import Analysis
 
 COMPARISON_NAME = "comparison.json"
@@ -67,9 +67,9 @@ class Comparison(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 def compare(analyses: Mapping[str, Analysis]) -> Comparison:
-    """The comparison of analyses by name. CollectError for fewer than two."""
+    """The comparison of analyses by name. SettingsError for fewer than two."""
     if len(analyses) < 2:
-        raise CollectError(f"{len(analyses)} analysis given; a comparison needs two or more")
+        raise SettingsError(f"{len(analyses)} analysis given; a comparison needs two or more")
     return Comparison([_row(name, analysis) for name, analysis in analyses.items()])
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ..errors import CollectError, CorpusError, UnknownDatasetError
+from ..errors import CorpusError, SettingsError, UnknownDatasetError
 from .corpus import Corpus
 from .hub import HUB_DATASETS, hub_corpus
 from .local import local_corpus
@@ -35,7 +35,7 @@ def open_corpora(names: Sequence[str], *, offline_root: Path | None = None) -> l
     seen: set[str] = set()
     for corpus in corpora:
         if corpus.name in seen:
-            raise CollectError(f"data set {corpus.name!r} is named twice; name each once")
+            raise SettingsError(f"data set {corpus.name!r} is named twice; name each once")
         seen.add(corpus.name)
     if not corpora:
         raise UnknownDatasetError(f"no data set named; known are {', '.join(known_names())}")

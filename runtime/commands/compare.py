@@ -50,12 +50,10 @@ def compare(
         "name": "traces",
         "num_experts": "experts",
         "top_k": "top-k",
-        "coverage": "coverage",
-        "routing_entropy": "entropy (bits)",
-        "normalized_entropy": "of log2 E",
+        "routing_entropy": "entropy",
+        "normalized_entropy": "of most",
         "gini": "Gini",
-        "frequency_skill": "frequency skill",
-        "previous_skill": "previous-token skill",
+        "previous_skill": "repeats",
     }
     print_rows(rows, columns=columns)
     typer.echo(f"page: {out / 'index.html'}")
