@@ -1,10 +1,12 @@
 """Whether a model fits a machine and which options suit it, from its headers alone."""
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..collect.devices import DeviceMemory, batch_size_for
 from ..collect.schema import ModelShape
 from ..kernels.quantization import part_shapes
 from .experts.layout import block_views
@@ -82,4 +84,42 @@ def advise(folder: Path, *, available_bytes: int) -> dict[str, Any]:
         "fits": advice is not None,
         "advice": advice,
         "text": text,
+    }
+
+
+def advise_collection(sizes: Mapping[str, Any], devices: Sequence[DeviceMemory]) -> dict[str, Any]:
+    """How to collect traces from a model on this machine: device, batch size, options.
+
+    `sizes` is what `advise` returned, `devices` the GPUs. A GPU must hold all weights, in 4 bits if
+    need be; else experts pass through outrider's own cache on the CPU.
+    """
+    whole = sizes["dense_bytes"] + sizes["experts_bytes"]["bf16"] + RESERVE_BYTES
+    four_bit = sizes["dense_bytes"] + sizes["experts_bytes"]["int4"] + RESERVE_BYTES
+    for device in devices:
+        free = device.total_bytes - device.used_bytes
+        if min(whole, four_bit) > free:
+            continue
+        flags = [] if whole <= free else ["--load-in-4bit"]
+        batch_size = batch_size_for("cuda", device.total_bytes)
+        where = f"{device.name} ({format_bytes(device.total_bytes)})"
+        return _collection("cuda", where, batch_size, flags)
+    advice = sizes["advice"]
+    if advice is None:
+        line = "collect    the model does not fit, so no traces can be taken from it here"
+        return {"fits": False, "batch_size": None, "options": [], "text": [line]}
+    room = advice["expert_memory"]
+    # Traces tell how the model as published routes: the experts stay in the checkpoint's format.
+    flags = ["--device", "cpu"] if devices else []
+    flags += [] if room == "all" else ["--expert-memory", f"{room >> 20}MiB"]
+    return _collection("cpu", "the CPU", batch_size_for("cpu", 0), flags)
+
+
+def _collection(device: str, where: str, batch_size: int, flags: list[str]) -> dict[str, Any]:
+    command = " ".join(["outrider collect MODEL --datasets offline --out DIR", *flags])
+    return {
+        "fits": True,
+        "device": device,
+        "batch_size": batch_size,
+        "options": flags,
+        "text": [f"collect    batch size {batch_size} on {where}: {command}"],
     }

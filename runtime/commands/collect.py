@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -200,6 +201,7 @@ def _run(
     from ...collect import collect as collect_traces
     from ...collect.analysis import analyze, write_analysis
     from ...collect.analysis.document import ANALYSIS_NAME
+    from ...collect.settings import estimate_bytes
     from ..traced import open_traced, parse_max_memory
 
     settings = CollectSettings(
@@ -222,7 +224,8 @@ def _run(
             progress=progress,
         )
     with traced:
-        _announce(traced.shape, settings, out)
+        state_bytes = next(traced.model.parameters()).element_size()
+        _announce(estimate_bytes(traced.shape, settings, state_bytes=state_bytes), settings, out)
         began = time.monotonic()
         with _bars() as tell:
             report = collect_traces(
@@ -273,12 +276,10 @@ def _document(report: CollectReport, seconds: float) -> dict[str, Any]:
     }
 
 
-def _announce(shape: Any, settings: Any, out: Path) -> None:
+def _announce(at_most: int, settings: Any, out: Path) -> None:
     """Say how large it gets before it starts; refuse what the disk cannot hold even when packed."""
     from ...collect.errors import OutOfSpaceError
-    from ...collect.settings import estimate_bytes
 
-    at_most = estimate_bytes(shape, settings)
     existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     stderr_console().print(
@@ -291,6 +292,17 @@ def _announce(shape: Any, settings: Any, out: Path) -> None:
             f"the traces take up to {format_bytes(at_most)} and {format_bytes(free)} are free at "
             f"{str(existing)!r}; choose another folder, fewer --traces, or --hidden-states none"
         )
+
+
+class _ConsoleLines(logging.Handler):
+    """Log records as whole lines on a console."""
+
+    def __init__(self, console: Any) -> None:
+        super().__init__()
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._console.print(record.getMessage(), soft_wrap=True, markup=False)
 
 
 @contextmanager
@@ -308,6 +320,10 @@ def _bars() -> Iterator[Any]:
         console=stderr_console(),
         disable=not sys.stderr.isatty(),
     ) as bars:
+        # Each data set's figures, above the bars or, off a terminal, as plain lines.
+        handler = _ConsoleLines(bars.console)
+        logger = logging.getLogger("outrider.collect")
+        logger.addHandler(handler)
         tasks: dict[str, Any] = {}
 
         def tell(progress: Progress) -> None:
@@ -322,7 +338,10 @@ def _bars() -> Iterator[Any]:
                 coverage=progress.coverage,
             )
 
-        yield tell
+        try:
+            yield tell
+        finally:
+            logger.removeHandler(handler)
 
 
 def _joined(value: str | list[str]) -> str:

@@ -54,9 +54,16 @@ def env(
         "disk_read_direct": disk[1] if disk else None,
     }
     if model is not None:
-        from ..advice import advise
+        from ...collect.devices import device_memory
+        from ..advice import advise, advise_collection
 
-        document["model"] = advise(folder, available_bytes=memory.available_bytes())
+        found = advise(folder, available_bytes=memory.available_bytes())
+        gpus = [
+            device_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
+        ]
+        found["collect"] = advise_collection(found, gpus)
+        found["text"] += found["collect"]["text"]
+        document["model"] = found
     if json:
         print_json(document)
         return
@@ -79,7 +86,8 @@ def _lines(document: dict[str, Any]) -> list[str]:
         "packages   "
         + ", ".join(f"{name} {found or 'absent'}" for name, found in document["packages"].items()),
         f"cpu        {cpu['name']}, {cpu['threads']} threads, {cpu['capability']}",
-        f"memory     {format_bytes(memory['total'])}, {format_bytes(memory['available'])} available",
+        f"memory     {format_bytes(memory['total'])}, {format_bytes(memory['available'])} "
+        "available",
         f"devices    {', '.join(document['devices']) or 'no GPU'}",
         f"memory read {document['memory_read_bytes_per_s'] / 1e9:.1f} GB/s",
         "disk read  "

@@ -10,7 +10,9 @@ import torch
 from typer.testing import CliRunner
 
 from outrider.collect import TraceReader
+from outrider.collect.devices import DeviceMemory
 from outrider.collect.trace import read_manifest
+from outrider.runtime.advice import advise_collection
 from outrider.runtime.cli import app
 from outrider.runtime.config import EngineConfig
 from outrider.runtime.errors import UsageError
@@ -247,6 +249,36 @@ def test_compare_puts_folders_side_by_side(collected, outrider, planted, rng, tm
     assert "needs two" in outrider("compare", folders[0], "--out", tmp_path / "C", code=2).output
     mixed = outrider("analyze", *folders, "--out", tmp_path / "A", code=3)
     assert "traces of different models: num_moe_layers is 2 and 1" in mixed.output
+
+
+def test_env_advises_how_to_collect_from_a_model(outrider, checkpoint):
+    document = json.loads(outrider("env", "--model", checkpoint, "--json").stdout)
+    advice = document["model"]["collect"]
+    assert advice["fits"] and advice["device"] == "cpu" and advice["batch_size"] == 16
+    assert "outrider collect MODEL" in outrider("env", "--model", checkpoint).stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "used", "options"),
+    [
+        ("A100 80GB", 80, 1, []),
+        ("RTX 3090", 24, 1, ["--load-in-4bit"]),
+        ("RTX 3090", 24, 18, ["--device", "cpu", "--expert-memory", "3072MiB"]),
+    ],
+    ids=["all-in-bf16", "all-in-4-bit", "by-the-cache"],
+)
+def test_advice_follows_what_a_16b_model_leaves_free(name, gib, used, options):
+    sizes = {
+        "dense_bytes": 3 << 30,
+        "experts_bytes": {"bf16": 30 << 30, "int8": 15 << 30, "int4": 8 << 30},
+        "advice": {"format": "int8", "expert_memory": 3 << 30},
+    }
+    device = DeviceMemory(name, gib << 30, used << 30)
+    found = advise_collection(sizes, [device])
+    assert found["options"] == options
+    assert found["batch_size"] == (16 if "cpu" in options else {80: 20, 24: 8}[gib])
+    none = advise_collection(sizes | {"advice": None}, [])
+    assert not none["fits"] and "does not fit" in none["text"][0]
 
 
 def test_configuration_says_where_each_value_came_from(outrider, tmp_path, monkeypatch):

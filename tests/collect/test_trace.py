@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -334,6 +336,69 @@ def test_what_a_killed_writer_left_is_swept(folder, planted):
     assert not unlisted.exists() and not temporary.exists()
     TraceReader(directory).verify()
     assert read_manifest(directory) == before
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_death_before_any_step_of_a_commit_leaves_old_or_new(tmp_path, planted, rng):
+    """A child dies before its n-th call that changes the disk, for every n, as kill -9 would."""
+    shape = planted.shape(hidden=3)
+    described = planted.manifest(shape, {"one": 4}, window=WINDOW, hidden_layers=(1,))
+    states = {1: torch.ones(2 * WINDOW, 3)}
+    shards = [
+        ShardRows(
+            "one", first, 2, 4,
+            planted.columns(
+                shape, first_sample=first, window=WINDOW, dataset="one", **_arrays(rng, shape, 2)
+            ),
+            states,
+        )
+        for first in (0, 2)
+    ]  # fmt: skip
+    seen = set()
+    for dies_before in range(1, 200):
+        directory = tmp_path / str(dies_before)
+        with TraceWriter(directory, described) as writer:
+            writer.write_shard(shards[0])
+        child = os.fork()
+        if not child:
+            _die_before(dies_before)
+            with TraceWriter(directory, described, resume=True) as writer:
+                writer.write_shard(shards[1])
+            os._exit(0)
+        died = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) != 0
+        reader = TraceReader(directory)
+        reader.verify()
+        seen.add(reader.num_samples)
+        batches = list(reader.batches(Selection(hidden_layers=(1,))))
+        assert sum(map(len, batches)) == reader.num_tokens == reader.num_samples * WINDOW
+        with TraceWriter(directory, described, resume=True) as writer:
+            if writer.manifest.num_finished == 2:
+                writer.write_shard(shards[1])
+        assert not list(directory.rglob("*.tmp"))
+        assert TraceReader(directory).num_samples == 4
+        if not died:
+            break
+    assert dies_before > 12 and seen == {2, 4}
+
+
+def _die_before(number):
+    """Make this process vanish before its `number`-th call of what changes files."""
+    left = [number]
+
+    def guarded(function):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in (
+        (os, "fsync"), (os, "open"), (os, "fdopen"), (tempfile, "mkstemp"),
+        (Path, "replace"), (Path, "chmod"), (Path, "unlink"), (Path, "mkdir"),
+    ):  # fmt: skip
+        setattr(module, name, guarded(getattr(module, name)))
 
 
 def test_shards_must_follow_one_another(tmp_path, planted, rng):
