@@ -11,6 +11,7 @@ import typer
 from ..errors import UsageError
 from . import options
 from .display import print_json, print_rows, progress_bars, stderr_console, summary
+from .startup import heavy_imports
 
 app = typer.Typer(add_completion=False)
 
@@ -65,7 +66,8 @@ def generate(
             print_rows(rows, columns=columns)
         return
     text = _prompt(prompt)
-    from ..engine import Engine
+    with heavy_imports():
+        from ..engine import Engine
     from ..request import ChatMessage
 
     with progress_bars() as progress:

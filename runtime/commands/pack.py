@@ -11,6 +11,7 @@ from ..errors import OutriderError, UsageError
 from ..sizes import format_bytes
 from . import options
 from .display import print_json, progress_bars, stderr_console
+from .startup import heavy_imports
 
 if TYPE_CHECKING:
     from ..experts.store import ExpertStore
@@ -52,9 +53,10 @@ def pack(
         raise UsageError("no folder to write: give --out DIR")
     if format not in FORMATS:
         raise UsageError(f"format {format!r} is unknown; accepted: {', '.join(FORMATS)}")
-    from ..experts.identity import SourceIdentity
-    from ..experts.pack import pack_store
-    from ..models.loading import load_model, resolve_folder
+    with heavy_imports():
+        from ..experts.identity import SourceIdentity
+        from ..experts.pack import pack_store
+        from ..models.loading import load_model, resolve_folder
 
     with progress_bars() as progress:
         loaded = load_model(
