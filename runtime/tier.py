@@ -26,6 +26,7 @@ from .experts.identity import SourceIdentity
 from .experts.layout import ExpertSource
 from .experts.prefetcher import Mode, Prefetcher
 from .experts.slots import SlotArena
+from .experts.store import ExpertStore
 from .experts.store_cache import store_for
 from .experts.transfer import ThreadTransfer
 from .models import adapter
@@ -70,6 +71,7 @@ def expert_source(
 ) -> ExpertSource:
     """The experts in `fmt` ("auto": as the checkpoint): in place where possible, else packed.
 
+    With `store` they come from there and from nowhere else, "auto" being its format.
     Packing happens once and blocks for as long as reading all experts takes; see `store_for`.
     """
     obstacle = loaded.in_place_obstacle()
@@ -77,7 +79,9 @@ def expert_source(
         in_place = loaded.experts_in_place()
         if fmt in ("auto", in_place.format):
             return in_place
-    if fmt == "auto":
+    if store is not None and fmt == "auto":
+        fmt = ExpertStore(store).format
+    elif fmt == "auto":
         fmt = plain_format(loaded.dtype)
         logger.info("experts are packed as %s: %s", fmt, obstacle)
     return store_for(

@@ -1,6 +1,5 @@
 """`outrider inspect`: what a store, trace, predictor or model folder is."""
 
-import json as json_library
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,7 +36,9 @@ def describe(path: Path) -> dict[str, Any]:
     if (path / "manifest.json").is_file():
         return _trace(path)
     if (path / "config.json").is_file():
-        config = json_library.loads((path / "config.json").read_bytes())
+        from ..models.checkpoint import read_object
+
+        config = read_object(path / "config.json")
         return _predictor(path, config) if "family" in config else _model(path)
     raise InvalidDataError(
         f"{path} holds neither index.json (expert store), manifest.json (traces) nor config.json "
