@@ -5,12 +5,15 @@ Knows modules, no checkpoint; the formats are `kernels.quantization`'s.
 
 from collections.abc import Collection
 
+import torch
 from torch import Tensor, nn
 
-from ...kernels.quantization import PLAIN_DTYPES, dequantize, quantize
+from ...kernels.linear import linear
+from ...kernels.quantization import PLAIN_DTYPES, quantize
 from ..errors import InvalidDataError, UnsupportedModelError
 from .adapter import MoeLayer
 
+_HALF = (torch.bfloat16, torch.float16)
 _PREFIX = "quantized_"  # of the buffers, so that none is called `weight`
 
 
@@ -65,14 +68,40 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        shape = (self.out_features, self.in_features)
-        weight = dequantize(self.parts, self.fmt, dtype=hidden_states.dtype, shape=shape)
-        return nn.functional.linear(hidden_states, weight, self.bias)
+        return linear(hidden_states, self.parts, fmt=self.fmt, bias=self.bias)
 
     def extra_repr(self) -> str:
         """What stands between the brackets when a model is printed."""
         has_bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={has_bias}"
+
+
+class HalfLinear(nn.Linear):
+    """An `nn.Linear` in bf16 or fp16 that computes through our kernels on the CPU.
+
+    PyTorch's own products in these dtypes are several times slower than fp32 ones on processors
+    that have no units for them.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[..., K] -> [..., N] in the input's dtype, sums in fp32."""
+        fmt = "bf16" if self.weight.dtype == torch.bfloat16 else "fp16"
+        return linear(input, {"weight": self.weight}, fmt=fmt, bias=self.bias)
+
+
+def replace_half_linears(model: nn.Module) -> None:
+    """Put a `HalfLinear` in the place of each plain `nn.Linear` of a model on the meta device."""
+    for parent in list(model.modules()):
+        for leaf, child in list(parent.named_children()):
+            if type(child) is nn.Linear and child.weight.dtype in _HALF:
+                stand_in = HalfLinear(
+                    child.in_features,
+                    child.out_features,
+                    bias=child.bias is not None,
+                    device="meta",
+                    dtype=child.weight.dtype,
+                )
+                setattr(parent, leaf, stand_in)
 
 
 def quantize_linears(

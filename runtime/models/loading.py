@@ -19,7 +19,7 @@ from . import adapter
 from .adapter import Conversion, MoeLayer
 from .checkpoint import Checkpoint, checksum, fingerprint, read_object
 from .checkpoint_experts import CheckpointExperts, in_place_obstacle
-from .dense import QuantizedLinear, quantize_linears
+from .dense import QuantizedLinear, quantize_linears, replace_half_linears
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -148,6 +148,8 @@ def load_model(
             name for name in plan if adapter.wanted_dtype(model, name, dtype=dtype) != dtype
         }
         quantized = quantize_linears(model, layers, fmt=dense_format, kept=kept)
+    elif device.type == "cpu":
+        replace_half_linears(model)
     checksums = _load_dense(
         model,
         checkpoint,
