@@ -148,7 +148,7 @@ def load_model(
             name for name in plan if adapter.wanted_dtype(model, name, dtype=dtype) != dtype
         }
         quantized = quantize_linears(model, layers, fmt=dense_format, kept=kept)
-    elif device.type == "cpu":
+    if device.type == "cpu":
         replace_half_linears(model)
     checksums = _load_dense(
         model,

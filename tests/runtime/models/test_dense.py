@@ -15,7 +15,7 @@ from outrider.kernels.quantization import dequantize, part_shapes, quantize
 from outrider.runtime.engine import Engine
 from outrider.runtime.errors import InvalidDataError, UnsupportedModelError
 from outrider.runtime.models.checkpoint import Checkpoint
-from outrider.runtime.models.dense import QuantizedLinear
+from outrider.runtime.models.dense import HalfLinear, QuantizedLinear
 from outrider.runtime.models.loading import LoadedModel, load_model
 from outrider.runtime.request import SamplingParams
 
@@ -105,6 +105,13 @@ def test_routers_and_embeddings_are_the_checkpoints(models: Any, family: str) ->
     left = plain_weights(models, family)
     embedding = quantised.model.get_input_embeddings().weight
     assert torch.equal(embedding, left["model.embed_tokens.weight"])
+
+
+def test_a_tied_head_stays_the_embedding(models: Any) -> None:
+    loaded = load_model(models.checkpoint("qwen3_moe", dtype="bf16"), dense_format="int8")
+    head = loaded.model.get_output_embeddings()
+    assert head.weight is loaded.model.get_input_embeddings().weight
+    assert isinstance(head, HalfLinear)  # what is left plain computes as it does without the option
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
