@@ -148,6 +148,7 @@ def _results(figures: dict[str, DomainFigures], run: Figures) -> str:
 
 On the first windows of {LENGTH} tokens, at most {MAX_WINDOWS} a domain, of the test documents in
 the order of their hash. The weights are those shipped (bfloat16), the arithmetic float32.
+Exact duplicates were dropped before splitting; near-duplicates across splits were not looked for.
 
 | domain | tokens | UTF-8 bytes | loss (nats a token) | bits per byte |
 |---|---|---|---|---|"""
