@@ -51,20 +51,26 @@ def _cuda_memory(device: Any) -> DeviceMemory:
 
     index = device.index if device.index is not None else torch.cuda.current_device()
     properties = torch.cuda.get_device_properties(index)
+    found = _driver_memory(f"GPU-{properties.uuid}")
+    if found is None:
+        # No driver library: the CUDA runtime knows the same two figures.
+        free, total = torch.cuda.mem_get_info(index)
+        found = (total, total - free)
+    return DeviceMemory(properties.name, *found)
+
+
+def _driver_memory(uuid: str) -> tuple[int, int] | None:
+    """Total and used bytes of the card, by identity: torch may number the cards otherwise."""
     try:
         import pynvml
-
+    except ImportError:
+        return None
+    try:
         pynvml.nvmlInit()
         try:
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{properties.uuid}")
-            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
-            return DeviceMemory(properties.name, int(memory.total), int(memory.used))
+            memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByUUID(uuid))
+            return int(memory.total), int(memory.used)
         finally:
             pynvml.nvmlShutdown()
-    except (ImportError, OSError) as error:
-        del error  # no NVML here: the CUDA runtime knows the same two figures
-    except Exception as error:  # pynvml's own root error cannot be named where it is not installed
-        if type(error).__module__ != "pynvml":
-            raise
-    free, total = torch.cuda.mem_get_info(index)
-    return DeviceMemory(properties.name, total, total - free)
+    except pynvml.NVMLError:
+        return None

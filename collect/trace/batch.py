@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Which rows and layers to read; None means all. `columns` are the optional list columns
-    wanted.
+    """Which rows, layers and columns to read; None means all of them.
+
+    `hidden_layers` are the layers whose router inputs are wanted; `weights` and `log_probs` false
+    leave those columns on the disk.
     """
 
     datasets: Sequence[str] | None = None

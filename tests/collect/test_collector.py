@@ -4,7 +4,9 @@ import json
 import os
 import random
 import signal
+import sys
 import time
+import types
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,7 +15,7 @@ import torch
 
 from outrider.collect import CollectSettings, TraceReader, collect
 from outrider.collect.collector import Progress
-from outrider.collect.devices import CPU_BATCH_SIZE, batch_size_for
+from outrider.collect.devices import CPU_BATCH_SIZE, batch_size_for, device_memory
 from outrider.collect.diversity import Diversity
 from outrider.collect.errors import CollectError, OutOfMemoryError, ResumeError
 from outrider.collect.schema import ModelShape
@@ -337,6 +339,41 @@ def test_diversity_is_what_counting_by_hand_gives(rng):
 def test_the_batch_size_follows_the_device_memory(name, gib, expected):
     assert batch_size_for("cuda", int(gib * GIB)) == expected
     assert batch_size_for("cpu", int(gib * GIB)) == CPU_BATCH_SIZE
+
+
+class _Driver(types.ModuleType):
+    """Stands for nvidia-ml-py: one card, found by its identity only."""
+
+    class NVMLError(Exception):
+        pass
+
+    def nvmlInit(self):
+        self.is_open = True
+
+    def nvmlShutdown(self):
+        self.is_open = False
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        if uuid != "GPU-abc":
+            raise self.NVMLError("not found")
+        return uuid
+
+    def nvmlDeviceGetMemoryInfo(self, handle):
+        return types.SimpleNamespace(total=24 * GIB, used=5 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("uuid", "used"), [("abc", 5), ("other", 2)], ids=["by-the-driver", "by-the-runtime"]
+)
+def test_memory_of_a_card_is_the_drivers_or_the_runtimes(monkeypatch, uuid, used):
+    driver = _Driver("pynvml")
+    monkeypatch.setitem(sys.modules, "pynvml", driver)
+    properties = types.SimpleNamespace(name="RTX 3090", uuid=uuid)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (22 * GIB, 24 * GIB))
+    found = device_memory(torch.device("cuda", 0))
+    assert (found.name, found.total_bytes, found.used_bytes) == ("RTX 3090", 24 * GIB, used * GIB)
+    assert not driver.is_open
 
 
 def test_hidden_layers_by_name():
