@@ -4,6 +4,8 @@ Repetitions are interleaved (A B C A B C), so that what else the machine does fa
 alike. No speed is given unless every arm chose the same tokens. Knows arms by their calls only.
 """
 
+import math
+import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +27,8 @@ class DecodeOptions:
     """What to measure. `engine` are EngineConfig fields that all arms share.
 
     `is_cold` None measures both states of the caches, apart. `follows_text`: real text is decoded
-    token by token; else the model continues its prompts greedily.
+    token by token; else the model continues its prompts greedily. Near `time_limit_s` fewer
+    repetitions are made, at least 3 (or `repetitions`); rows say how many.
     """
 
     model: str | None = None
@@ -39,6 +42,7 @@ class DecodeOptions:
     prompt_tokens: int = 16
     follows_text: bool = True
     repetitions: int = 5
+    time_limit_s: float | None = None
     is_cold: bool | None = None
     num_threads: int | None = None
     seed: int = 0
@@ -67,6 +71,7 @@ ARMS: dict[str, Callable[[str, DecodeOptions], tuple[str, dict[str, Any]]]] = {
     "on-demand": _on_demand,
     "prefetch": _prefetch,
 }
+MIN_REPETITIONS = 3
 # The same whatever the budget: started once.
 _BUDGETLESS = frozenset({"resident"})
 
@@ -142,6 +147,13 @@ class _Bench:
         self._subjects: dict[Worker, Subject] = {}
         self._recordings: dict[Worker, Recording] = {}
         self._reference: tuple[str, Recording] | None = None
+        limit_s = options.time_limit_s
+        self._ends = None if limit_s is None else time.monotonic() + limit_s
+        self._num_timings_left = len(options.budgets) * len(self._states)
+
+    @property
+    def _states(self) -> tuple[bool, ...]:
+        return (False, True) if self.options.is_cold is None else (self.options.is_cold,)
 
     def measure(self, budget: str, arms: dict[str, Worker]) -> None:
         """All arms of one budget: load, check, then time in both states of the caches."""
@@ -151,8 +163,7 @@ class _Bench:
                 self._subjects[worker] = worker.answer(Subject)
                 self._check_tokens(name, worker)
         self._tell(f"{budget}: loading and checking arms", len(arms), len(arms))
-        states = (False, True) if self.options.is_cold is None else (self.options.is_cold,)
-        for is_cold in states:
+        for is_cold in self._states:
             self._time(budget, arms, is_cold=is_cold)
 
     def workload(self) -> dict[str, Any]:
@@ -207,7 +218,13 @@ class _Bench:
         pages_kept = dict.fromkeys(arms, 0.0)
         bandwidths: list[Bandwidths] = []
         first = self._subjects[next(iter(arms.values()))]
+        began = time.monotonic()
+        share_s = math.inf if self._ends is None else (self._ends - began) / self._num_timings_left
+        self._num_timings_left -= 1
         for repetition in range(self.options.repetitions):
+            taken_s = time.monotonic() - began
+            if repetition >= MIN_REPETITIONS and taken_s * (1 + 1 / repetition) > share_s:
+                break
             seed = self.options.seed + repetition
             bandwidths.append(self.probe.call("measure", first.files, seed, kind=Bandwidths))
             for position, (name, worker) in enumerate(arms.items()):

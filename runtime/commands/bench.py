@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
 
 from ..errors import UsageError
 from ..provenance import DEFAULT
 from ..sizes import format_bytes
 from . import options
-from .display import print_json, print_rows, progress_bars, stderr_console
+from .display import print_json, progress_bars, stderr_console
 
 app = typer.Typer(
     add_completion=False,
@@ -23,6 +26,8 @@ app = typer.Typer(
 
 _PACKAGE = "outrider.bench"
 _DEFAULT_BUDGET = "25%"
+_REPETITIONS = 5
+_TIME_LIMIT_S = 100.0
 _Plot = Annotated[Path | None, typer.Option(help="also draw the result into this PNG file")]
 
 
@@ -54,7 +59,10 @@ def decode(
     greedy: Annotated[
         bool, typer.Option("--greedy", help="let the model go on freely; else follow the text")
     ] = False,
-    repetitions: Annotated[int, typer.Option(help="timed runs of each arm, interleaved")] = 5,
+    repetitions: Annotated[
+        int | None,
+        typer.Option(help="timed runs of each arm, interleaved [5, or 3 to end within 2 minutes]"),
+    ] = None,
     cold: Annotated[
         bool | None,
         typer.Option(
@@ -113,7 +121,8 @@ def decode(
         num_tokens=tokens,
         prompt_tokens=prompt_tokens,
         follows_text=not greedy,
-        repetitions=repetitions,
+        repetitions=_REPETITIONS if repetitions is None else repetitions,
+        time_limit_s=_TIME_LIMIT_S if repetitions is None else None,
         is_cold=cold,
         num_threads=engine.num_threads,
         seed=seed,
@@ -182,54 +191,55 @@ def kernels(context: typer.Context) -> None:
 
 
 def _print_decode(document: dict[str, Any]) -> None:
-    columns = {
-        "arm": "arm",
-        "budget": "budget",
-        "cache": "cache",
-        "speed": "tokens/s",
-        "interval": "interval",
-        "ratio": "ratio",
-        "roofline": "of roofline",
-        "hits": "hits",
-        "late": "late",
-        "moved": "read/token",
-        "stall": "stall/token",
-        "memory": "peak memory",
-    }
-    rows = document["rows"]
-    print_rows([_cells(row) for row in rows], columns=columns)
-    first, environment = rows[0], document["environment"]
+    rows, environment = document["rows"], document["environment"]
+    console = Console(highlight=False)
+    for state in dict.fromkeys(row["cache"] for row in rows):
+        table = Table(
+            title=f"{state} caches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
+        )
+        table.add_column("arm", no_wrap=True)
+        for heading in _DECODE_COLUMNS:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            if row["cache"] == state:
+                table.add_row(f"{row['arm']} {row['budget']}", *_decode_cells(row))
+        console.print(table)
+    first = rows[0]
+    counts = sorted({row["repetitions"] for row in rows})
     typer.echo(
-        f"{first['model']}, experts in {first['format']}, {first['device']}, {first['threads']} "
-        f"threads, tokens identical in all arms; medians of {first['repetitions']} runs with "
-        f"{100 * first['spread']['confidence']:.0f} % intervals; ratio to {first['ratio']['to']}, "
-        "run by run"
+        f"{first['model']}, experts in {first['format']}, {first['device']}, "
+        f"threads {first['threads']}. All arms chose the same tokens. Medians of "
+        f"{' or '.join(map(str, counts))} runs with {100 * first['spread']['confidence']:.0f} % "
+        f"intervals; ratio to {first['ratio']['to']}, run by run."
     )
     typer.echo(
-        f"plain read {first['read_bytes_per_s'] / 1e9:.1f} GB/s, link "
+        f"Plain read {first['read_bytes_per_s'] / 1e9:.1f} GB/s, link "
         f"{first['link_bytes_per_s'] / 1e9:.2f} GB/s ({first['reads']} reads), "
-        f"{first['active_bytes_per_token'] / 1e6:.1f} MB active a token; load average "
+        f"{first['active_bytes_per_token'] / 1e6:.1f} MB active a token. Load average "
         + " to ".join(f"{load:.1f}" for load in environment["load_average"])
-        + f" on {environment['num_cpus']} processors"
+        + f" on {environment['num_cpus']} processors."
     )
 
 
-def _cells(row: dict[str, Any]) -> dict[str, str]:
-    def percent(share: float | None) -> str:
-        return "" if share is None else f"{100 * share:.1f} %"
+# Two lines each, so that the table fits 80 columns.
+_DECODE_COLUMNS = (
+    "tokens\n/s", "interval", "ratio", "roof-\nline", "hits", "late", "MB\nread", "stall\nms",
+    "peak\nMB",
+)  # fmt: skip
 
-    low, high = row["spread"]["low"], row["spread"]["high"]
-    return {
-        "arm": row["arm"],
-        "budget": row["budget"],
-        "cache": row["cache"],
-        "speed": f"{row['tokens_per_second']:.2f}",
-        "interval": f"{low:.2f} - {high:.2f}",
-        "ratio": f"{row['ratio']['median']:.2f}",
-        "roofline": percent(row["roofline_share"]),
-        "hits": percent(row["hit_rate"]),
-        "late": percent(row["late_rate"]),
-        "moved": format_bytes(round(row["bytes_per_token"])),
-        "stall": f"{1000 * row['stall_s_per_token']:.2f} ms",
-        "memory": format_bytes(row["rss_peak_bytes"]),
-    }
+
+def _decode_cells(row: dict[str, Any]) -> list[str]:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.0f}%"
+
+    return [
+        f"{row['tokens_per_second']:.1f}",
+        f"{row['spread']['low']:.1f}-{row['spread']['high']:.1f}",
+        f"{row['ratio']['median']:.2f}",
+        percent(row["roofline_share"]),
+        percent(row["hit_rate"]),
+        percent(row["late_rate"]),
+        f"{row['bytes_per_token'] / 1e6:.2f}",
+        f"{1000 * row['stall_s_per_token']:.1f}",
+        f"{row['rss_peak_bytes'] / 1e6:.0f}",
+    ]
