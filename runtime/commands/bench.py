@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -194,9 +193,7 @@ def _print_decode(document: dict[str, Any]) -> None:
     rows, environment = document["rows"], document["environment"]
     console = Console(highlight=False)
     for state in dict.fromkeys(row["cache"] for row in rows):
-        table = Table(
-            title=f"{state} caches", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1)
-        )
+        table = Table(title=f"{state} caches", title_justify="left", box=None, padding=(0, 1, 0, 0))
         table.add_column("arm", no_wrap=True)
         for heading in _DECODE_COLUMNS:
             table.add_column(heading, justify="right", no_wrap=True)
