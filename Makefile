@@ -6,8 +6,11 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 PACKAGES := collect predictors kernels runtime bench
+FLOOR := .venv-floor
+FLOOR_TORCH ?= 2.13.0
+FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
-.PHONY: demo test check fix types clean help
+.PHONY: demo test test-slow test-gpu test-floor check fix types nano clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -34,6 +37,11 @@ test-slow: $(DEVELOPED) ## soak, fuzz and long tests
 test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 
+# torch's own floor, 2.10, comes for x86 Linux as a CUDA build of several GB only, so this runs with
+# the version of constraints.txt unless told otherwise: make test-floor FLOOR_TORCH=2.10.0
+test-floor: $(FLOORED) ## engine and models with the lowest versions allowed (Python 3.11 or 3.12)
+	$(FLOOR)/bin/python -m pytest -q -m "not gpu and not slow" tests/runtime tests/predictors
+
 nano: $(DEVELOPED) ## make the built-in model again, from package downloads to weights (hours)
 	$(BIN)/python -m recipes.nano all
 
@@ -55,3 +63,9 @@ $(DEVELOPED): $(INSTALLED)
 build/types/outrider:
 	mkdir -p build/types
 	ln -sfn ../.. $@
+
+$(FLOORED): pyproject.toml constraints-floor.txt $(wildcard setup.py)
+	$(PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/pip --disable-pip-version-check install -q -c constraints-floor.txt \
+		"torch==$(FLOOR_TORCH)" -e ".[test]"
+	touch $@
