@@ -1,7 +1,7 @@
 """The one thing pyproject.toml cannot say: the native kernels, built where there is a C compiler.
 
-The extension is a plain shared library without Python's headers, loaded with ctypes; where it cannot be
-built, installation goes on and the kernels run in PyTorch.
+The extension is a plain shared library without Python's headers, loaded with ctypes; where it
+cannot be built, installation goes on and the kernels run in PyTorch.
 """
 
 import sys
@@ -14,7 +14,7 @@ native = Extension(
     sources=sorted(str(path) for path in Path("kernels/csrc").glob("*.c")),
     depends=sorted(str(path) for path in Path("kernels/csrc").glob("*.h")),
     include_dirs=["kernels/csrc"],
-    extra_compile_args=["-std=gnu11", "-O3", "-pthread"],
+    extra_compile_args=["-std=gnu11", "-O3", "-g0", "-pthread"],
     extra_link_args=["-pthread"],
     libraries=["m"],
     optional=True,

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 
 class ExpertKey(NamedTuple):
-    """One routed expert. `layer_idx` counts Mixture-of-Experts layers from 0, not decoder layers."""
+    """One routed expert; `layer_idx` counts Mixture-of-Experts layers from 0, not all layers."""
 
     layer_idx: int
     expert_idx: int

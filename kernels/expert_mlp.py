@@ -2,8 +2,7 @@
 implementation.
 
 Knows tokens, slots and formats; no experts' names, files or models. `impl` picks who computes:
-`reference` (plain truth, slow), `cpu` (native code, or PyTorch where none was built), `triton`
-(CUDA).
+`reference` (plain truth, slow) or `cpu` (native code, or PyTorch where none was built).
 """
 
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from .quantization import FORMATS, PLAIN_DTYPES
 from .reference import combine_reference, expert_outputs_reference
 from .weights import ACTIVATION_DTYPES, ExpertWeights
 
-IMPLEMENTATIONS = ("reference", "cpu", "triton")
+IMPLEMENTATIONS = ("reference", "cpu")
 
 Arena = Mapping[str, Tensor] | ExpertWeights
 
@@ -97,13 +96,6 @@ def expert_outputs(
         return out
     if impl == "cpu":
         cpu.expert_outputs(hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows)
-        return out
-    if impl == "triton":
-        from . import gathered
-
-        gathered.expert_outputs(
-            hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows
-        )
         return out
     _check_impl(impl)
     _check_range("slot_ids", slot_ids, weights.num_slots)

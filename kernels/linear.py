@@ -98,4 +98,3 @@ def _blocked(
         part_bias = None if bias is None else bias[start : start + height].float()
         out[:, start : start + height] = functional.linear(wide, weight, part_bias)
     return out
-

@@ -1,7 +1,7 @@
 """The native library: found, loaded with ctypes, and called with plain addresses.
 
-Knows the C descriptors of `csrc/outrider.h` and `csrc/dispatch.h`; chooses nothing but who lends the
-threads. Calls release the GIL and block until done.
+Knows the C descriptors of `csrc/outrider.h` and `csrc/dispatch.h`; chooses nothing but who lends
+the threads. Calls release the GIL and block until done.
 """
 
 import ctypes
@@ -150,7 +150,7 @@ def expert_outputs(
     out_rows: Tensor | None,
     num_threads: int,
 ) -> None:
-    """Write every assignment's row of `out`. Raises NativeArgumentError for an index out of range."""
+    """Write every assignment's row of `out`; NativeArgumentError for an index out of range."""
     lib = _loaded()
     descriptor = _experts.get(weights)
     if descriptor is None:
@@ -174,9 +174,7 @@ def expert_outputs(
         slot_ids_wide=slot_ids.dtype == torch.int64,
         out_rows_wide=rows is not None and rows.dtype == torch.int64,
     )
-    _check(
-        lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads)
-    )
+    _check(lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads))
 
 
 def linear(
@@ -189,7 +187,7 @@ def linear(
     out: Tensor,
     num_threads: int,
 ) -> None:
-    """out [T, N] = hidden_states [T, K] times the contiguous [N, K] matrix in `parts`, plus bias."""
+    """out [T, N] = hidden_states [T, K] by the contiguous [N, K] matrix in `parts`, plus bias."""
     one = {name: part.unsqueeze(0) for name, part in parts.items()}
     matrix = _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
     _check(
@@ -224,9 +222,7 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
 
 def read(tensor: Tensor, *, num_threads: int) -> None:
     """Read a contiguous tensor's bytes once and throw them away: the benchmark's yardstick."""
-    _loaded().outrider_read(
-        tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads
-    )
+    _loaded().outrider_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads)
 
 
 def _loaded() -> ctypes.CDLL:

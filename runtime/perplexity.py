@@ -92,9 +92,7 @@ def perplexity(
     return math.exp(mean)
 
 
-def held_out(
-    tokenizer: Any, *, num_tokens: int, context: int
-) -> tuple[str, list[list[int]]]:
+def held_out(tokenizer: Any, *, num_tokens: int, context: int) -> tuple[str, list[list[int]]]:
     """What text, and windows of at most `context` token ids with `num_tokens` predictions in all.
 
     From documents of the test split of the repository's own sample, its domains and their documents

@@ -159,13 +159,11 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
     # A packed store holds every projection as [out, in]; a checkpoint as its family has it.
     is_packed = getattr(source, "index", None) is not None
     is_transposed = experts.is_transposed and not is_packed
-    impl = "cpu" if loaded.device.type == "cpu" else "triton"
     activation = adapter.activation(loaded.layers[0])
     if activation is not None and supports(
         source.format,
         loaded.dtype,
         activation=activation,
-        impl=impl,
         is_transposed=is_transposed,
         is_concatenated=experts.is_concatenated,
         has_gate=experts.has_gate,
@@ -178,7 +176,7 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
             is_transposed=is_transposed,
             is_concatenated=experts.is_concatenated,
         )
-        return KernelArithmetic(weights, impl=impl)
+        return KernelArithmetic(weights, impl="cpu")
     return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
 
 

@@ -210,6 +210,12 @@ def test_the_environment_and_a_file_are_heeded(model, monkeypatch, tmp_path):
     assert got["experts"]["slots"] == 16
 
 
+def test_a_profile_is_written(model, tmp_path):
+    document("generate", model, "--prompt", "x", "--profile", tmp_path / "new" / "folder", *GREEDY)
+    trace = json.loads((tmp_path / "new" / "folder" / "trace.json").read_text())
+    assert trace["traceEvents"]
+
+
 def test_a_summary_without_decode_steps_is_still_one():
     stats = GenerationStats(GenerationTimings(load_s=1.0), ExpertUsage(10, 5, 500, 100))
     assert "1 tokens" in summary(stats, num_tokens=1)

@@ -106,6 +106,8 @@ def test_log_probabilities_are_those_of_the_reference(models, engine):
     logits = models.reference(FAMILY).logits(prompt_of(12))
     want = logits.log_softmax(1)[torch.arange(11), torch.tensor(prompt_of(12)[1:])]
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+    assert engine.logprobs([]) == []
+    assert engine.logprobs([[5]])[0].shape == (0,)
 
 
 # --- ends ------------------------------------------------------------------------------------

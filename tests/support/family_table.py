@@ -33,7 +33,10 @@ COLUMNS = {
         "test_logits_are_bit_identical_in_bf16",
     ),
 }
-ENCODED = ("test_decoded_weights_equal_transformers", "test_encoded_experts_are_packed_and_generate")
+ENCODED = (
+    "test_decoded_weights_equal_transformers",
+    "test_encoded_experts_are_packed_and_generate",
+)
 NAMES = {"fp8": "FP8 blocks", "mxfp4": "MXFP4"}
 
 

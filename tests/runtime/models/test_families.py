@@ -202,3 +202,40 @@ def test_router_ids_reach_the_kernels_unsorted(models):
         engine.generate(PROMPT, SamplingParams(max_tokens=1, temperature=0.0))
     ids = torch.cat(seen).numpy()
     assert (np.diff(ids, axis=1) < 0).any()
+
+
+def test_bits_are_the_same_on_two_threads_too(models):
+    # They may differ from those on one thread, not between budgets.
+    torch.set_num_threads(2)
+    try:
+        logits = []
+        for num_slots in (1, 30):
+            with models.engine("qwen2_moe", num_slots=num_slots) as engine:
+                generated = engines.generate(engine, [PROMPT], max_tokens=2)
+            logits.append(torch.cat(generated.logits))
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize(
+    ("family", "fmt", "tolerance"),
+    [
+        *[pytest.param(family, "int8", 0.05, id=f"{family}-int8") for family in FAMILIES],
+        *[
+            pytest.param(family, fmt, tolerance, id=f"{family}-{fmt}")
+            for family in ("gpt_oss", "deepseek_v3")
+            for fmt, tolerance in (("bf16", 0.05), ("int4", 0.4), ("nf4", 0.4))
+        ],
+    ],
+)
+def test_packed_experts_are_the_same_model(models, family, fmt, tolerance):
+    # A projection stored the wrong way round, or a bias left out, is off by about 1. int4 and nf4
+    # take 10 % from weights as wide as these, and tip routers.
+    prompts = [prompt_of(4, seed=seed) for seed in range(8)]
+    with models.engine(family, prefetch="off") as engine:
+        (want,) = engines.generate(engine, prompts, max_tokens=1).logits
+    with models.engine(family, format=fmt, num_slots=3) as engine:
+        assert engine.tier.source.format == fmt
+        (got,) = engines.generate(engine, prompts, max_tokens=1).logits
+    assert ((got - want).norm(dim=1) / want.norm(dim=1)).median() < tolerance
