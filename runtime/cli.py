@@ -23,6 +23,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("commands.compare", "Traces of several models side by side."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),
 }
+# Top-level packages that only an extra installs.
+_EXTRAS = {"jinja2": "analysis", "matplotlib": "analysis", "sklearn": "analysis"}
 INTERRUPTED = 130
 OUT_OF_MEMORY = 4
 
@@ -51,6 +53,14 @@ class LazyGroup(TyperGroup):
         except (OutriderError, CollectError) as error:
             typer.echo(f"outrider: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
+        except ModuleNotFoundError as error:
+            extra = _EXTRAS.get((error.name or "").partition(".")[0])
+            if extra is None:
+                raise
+            typer.echo(
+                f"outrider: this needs {error.name}: pip install 'outrider[{extra}]'", err=True
+            )
+            raise typer.Exit(1) from error
         except KeyboardInterrupt as error:
             typer.echo("\noutrider: interrupted", err=True)
             raise typer.Exit(INTERRUPTED) from error
