@@ -38,7 +38,7 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         int64_t t = atomic_fetch_add(&dense->next[0], 1);
         if (t >= count) break;
         kernels->widen(dense->format, dense->x + t * dense->x_stride, matrix->k, scratch);
-        kernels->prepare(matrix->format, scratch, matrix->k, 0, matrix->k,
+        kernels->prepare(matrix->format, dense->format == FP32, scratch, matrix->k, 0, matrix->k,
                          dense->x_values + t * dense->values, dense->x_sums + t * dense->sums);
     }
     barrier_wait(&dense->barrier, num_threads);
@@ -80,7 +80,7 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
         while (dense.rows > 16 && matrix->n / dense.rows < 8 * num_threads) dense.rows /= 2;
     }
     dense.scratch_size = (kernels->tiles_scratch > matrix->k ? kernels->tiles_scratch : matrix->k) +
-                         matrix->k / GROUP + 64 + num_tokens * dense.rows;
+                         16 * (matrix->k / GROUP + 32) + num_tokens * dense.rows;
     size_t floats = (size_t)(num_tokens * (dense.values + dense.sums) +
                              num_threads * dense.scratch_size);
     float *memory = malloc(floats * sizeof(float));

@@ -31,15 +31,6 @@ INLINE vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 INLINE vi shift_right(vi v, int bits) { return (vi)((vu)v >> bits); }
 INLINE vi shift_left(vi v, int bits) { return (vi)((vu)v << bits); }
 
-/* Fixed order of the horizontal sum: halves, quarters, ... */
-INLINE float sum(vf v) {
-    float lane[W];
-    store(lane, v);
-    for (int half = W / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-    return lane[0];
-}
-
 INLINE float half_to_float(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
     uint32_t bits;
@@ -52,6 +43,31 @@ INLINE float half_to_float(uint16_t h) {
     memcpy(&f, &bits, 4);
     return f;
 }
+
+/* Sum of the lanes in one fixed order: halves, quarters, ... */
+#if defined(ISA_AVX512) || defined(ISA_AVX2)
+INLINE float sum8(__m256 v) {
+    __m128 s = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+    return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+#endif
+#if defined(ISA_AVX512)
+INLINE float sum(vf v) {
+    __m256 high = _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd((__m512)v), 1));
+    return sum8(_mm256_add_ps(_mm512_castps512_ps256((__m512)v), high));
+}
+#elif defined(ISA_AVX2)
+INLINE float sum(vf v) { return sum8((__m256)v); }
+#else
+INLINE float sum(vf v) {
+    float lane[W];
+    store(lane, v);
+    for (int half = W / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+#endif
 
 #if defined(ISA_AVX512)
 INLINE vf fma_(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
