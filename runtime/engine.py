@@ -214,6 +214,8 @@ class Engine:
         [tokens of all texts, vocabulary] in fp32, are in memory at once. Raises UsageError for a
         text that is no prompt, TransferError if an expert cannot be read.
         """
+        if not texts:
+            return []
         sequences = [self._sequence(list(text), SamplingParams(max_tokens=1)) for text in texts]
         spans: list[ScheduledSpan[Sequence]] = []
         start = 0
@@ -225,7 +227,9 @@ class Engine:
         return [
             -torch.nn.functional.cross_entropy(
                 logits[span.start : span.end - 1],
-                torch.tensor(span.sequence.prompt_token_ids[1:], device=logits.device),
+                torch.tensor(
+                    span.sequence.prompt_token_ids[1:], dtype=torch.long, device=logits.device
+                ),
                 reduction="none",
             )
             for span in spans
