@@ -181,6 +181,8 @@ def test_contexts_are_the_places_of_largest_weight(analysed, rng):
     samples = 60
     rows = samples * WINDOW
     weights = rng.uniform(0.01, 0.5, (rows, 1, 1)).astype(np.float16)
+    # One document has the largest weights of all, and still gives an expert one place.
+    weights[:WINDOW, 0, 0] = 0.9 - 0.02 * np.arange(WINDOW)
     ids = rng.integers(0, 4, (rows, 1, 1))
     tokens = np.arange(rows)
     found = analysed(

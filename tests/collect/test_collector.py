@@ -214,6 +214,23 @@ def test_a_later_shard_that_does_not_fit_is_run_again_from_its_start(run, toy, t
     assert [shard.batch_size for shard in resumed.manifest.shards] == sizes
 
 
+def test_a_resume_goes_on_at_the_batch_size_that_memory_allowed(run, toy, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(progress):
+        if progress.done == 20:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(model=toy.ToyMoe(max_batch=2), progress=stop)
+    assert read_manifest(tmp_path / "T").num_finished == 16
+    roomy = toy.ToyMoe()
+    report = run(model=roomy, resume=True)
+    assert {shard.batch_size for shard in report.manifest.shards} == {2}
+    assert max(roomy.batch_sizes) == 2
+
+
 def test_not_even_one_sample_fits(run, toy):
     class Never(toy.ToyMoe):
         def forward(self, input_ids, attention_mask=None, use_cache=False):

@@ -158,10 +158,13 @@ def test_selections_that_cannot_be_met_are_refused(folder):
         next(reader.batches(Selection(log_probs=False))).log_probs()
 
 
-def _flip_a_page(path):
+def _flip_a_page(path, group=0):
     raw = bytearray(path.read_bytes())
-    column = pq.ParquetFile(path).metadata.row_group(0).column(8)
-    middle = column.data_page_offset + column.total_compressed_size // 2
+    metadata = pq.ParquetFile(path).metadata
+    column = metadata.row_group(group % metadata.num_row_groups).column(8)
+    start = column.dictionary_page_offset or column.data_page_offset
+    end = start + column.total_compressed_size
+    middle = column.data_page_offset + (end - column.data_page_offset) * 3 // 4
     raw[middle] ^= 0x40
     path.write_bytes(raw)
 
@@ -223,6 +226,22 @@ def test_a_damaged_shard_is_named_and_skipped_only_on_request(folder, case):
     left = np.r_[0 : 8 * WINDOW, 16 * WINDOW : 33 * WINDOW]
     np.testing.assert_array_equal(kept, whole["token_id"][left])
     assert list(lenient.skipped) == ["shards/00001-one.parquet"]
+
+
+def test_a_shard_damaged_at_its_end_is_left_out_whole(tmp_path, planted, rng, monkeypatch):
+    monkeypatch.setattr("outrider.collect.trace.writer._ROW_GROUP_TOKENS", 20)
+    shape = planted.shape()
+    parts = {"one": _arrays(rng, shape, 32)}
+    planted.write(tmp_path / "T", shape, parts, window=WINDOW, shard_samples=16)
+    path = tmp_path / "T" / "shards" / "00000-one.parquet"
+    _flip_a_page(path, group=-1)
+    strict = TraceReader(tmp_path / "T").batches()
+    assert len(next(strict)) == 20  # its beginning is sound
+    with pytest.raises(CorruptShardError):
+        list(strict)
+    lenient = TraceReader(tmp_path / "T", skip_bad=True)
+    kept = _gathered(list(lenient.batches()), "sample_id")
+    assert kept.min() == 16 and len(kept) == 16 * WINDOW
 
 
 def test_a_huge_row_group_is_refused_before_it_is_read(folder, monkeypatch):
