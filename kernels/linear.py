@@ -1,17 +1,23 @@
-"""A dense weight in any format times activations, for what is not an expert.
+"""One dense matrix product from the parts of a format: what stands for `nn.Linear`.
 
-Knows one matrix and its parts; no layers, files or models.
+A few rows stream the weights through native code; many rows go through PyTorch's fp32 product in
+blocks, since its bf16 and fp16 products are several times slower on processors without units for
+them. Either way products are summed in fp32 and rounded once. Knows no model.
 """
 
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from . import native
-from .quantization import FormatError, check_parts
-from .reference import linear_reference
-from .weights import ACTIVATION_DTYPES
+from .quantization import dequantize
+
+MAX_NATIVE_TOKENS = 32
+"""Above this many rows the widened fp32 product is faster (measured: bench/LOG.md)."""
+
+_BLOCK_BYTES = 16 << 20
 
 
 def linear(
@@ -20,47 +26,75 @@ def linear(
     *,
     fmt: str,
     bias: Tensor | None = None,
-    shape: tuple[int, int] | None = None,
     impl: str = "cpu",
 ) -> Tensor:
-    """hidden_states [..., K] times the [N, K] matrix that `quantize` made `parts` of -> [..., N].
+    """hidden_states [..., K] times the matrix [N, K] in `parts` -> [..., N], in the input's dtype.
 
-    `bias` [N]. `shape` is (N, K), needed for nf4 only. Inputs in their own dtype (fp32, bf16, fp16),
-    fp32 inside, rounded once. `impl`: `reference`, or `cpu` (native code, PyTorch where none was built
-    or the parts are not contiguous). A row's bits depend on the number of rows, not on its companions
-    or the thread count, with the native kernels. Blocks until done.
-    Raises FormatError for parts, bias or inputs that do not fit.
+    `parts` as `quantization.quantize` gives them. `impl` "reference" widens everything at once;
+    "cpu" holds 16 MiB of widened weights at most. Blocks until computed on the CPU.
     """
-    k = hidden_states.shape[-1]
-    weight = parts["weight"]
-    n, k = shape if shape is not None else (weight.shape[-2] if weight.dim() > 1 else 0, k)
-    check_parts(parts, fmt, (n, k))
-    if hidden_states.shape[-1] != k or hidden_states.dtype not in ACTIVATION_DTYPES:
-        raise FormatError(
-            f"expected activations [..., {k}] in float32, bfloat16 or float16; got "
-            f"{hidden_states.dtype} {tuple(hidden_states.shape)}"
-        )
-    if bias is not None and (bias.shape != (n,) or bias.dtype not in ACTIVATION_DTYPES):
-        raise FormatError(f"expected a bias [{n}]; got {bias.dtype} {tuple(bias.shape)}")
-    if impl not in ("reference", "cpu"):
-        raise FormatError(f"unknown implementation {impl!r}; accepted: reference, cpu")
-    served = (
-        impl == "cpu"
+    rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, K]
+    shape = (_num_rows(parts, fmt, rows.shape[1]), rows.shape[1])
+    if impl == "reference":
+        out = _widened(rows, parts, shape, fmt=fmt, bias=bias)
+    elif fmt == "fp32" and rows.dtype == torch.float32:
+        out = functional.linear(rows, parts["weight"], bias)
+    elif (
+        rows.shape[0] <= MAX_NATIVE_TOKENS
         and native.is_available()
-        and native.serves_width(fmt, k)
-        and all(part.device.type == "cpu" and part.is_contiguous() for part in parts.values())
-    )
-    if not served:
-        return linear_reference(hidden_states, parts, (n, k), fmt=fmt, bias=bias)
-    rows = hidden_states.reshape(-1, k).contiguous()
-    out = rows.new_empty((rows.shape[0], n))
-    native.linear(
-        rows,
-        parts,
-        (n, k),
-        fmt=fmt,
-        bias=None if bias is None else bias.contiguous(),
-        out=out,
-        num_threads=torch.get_num_threads(),
-    )
-    return out.view(*hidden_states.shape[:-1], n)
+        and native.serves_width(fmt, shape[1])
+        and rows.device.type == "cpu"
+    ):
+        out = rows.new_empty(rows.shape[0], shape[0])
+        native.linear(
+            rows.contiguous(),
+            parts,
+            shape,
+            fmt=fmt,
+            bias=bias,
+            out=out,
+            num_threads=torch.get_num_threads(),
+        )
+    else:
+        out = _blocked(rows, parts, shape, fmt=fmt, bias=bias)
+    return out.view(*hidden_states.shape[:-1], shape[0])
+
+
+def _num_rows(parts: Mapping[str, Tensor], fmt: str, columns: int) -> int:
+    weight = parts["weight"]
+    return 2 * weight.numel() // columns if fmt == "nf4" else weight.shape[0]
+
+
+def _widened(
+    rows: Tensor,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    *,
+    fmt: str,
+    bias: Tensor | None,
+) -> Tensor:
+    weight = dequantize(parts, fmt, dtype=torch.float32, shape=shape)
+    wide = functional.linear(rows.float(), weight, None if bias is None else bias.float())
+    return wide.to(rows.dtype)
+
+
+def _blocked(
+    rows: Tensor,
+    parts: Mapping[str, Tensor],
+    shape: tuple[int, int],
+    *,
+    fmt: str,
+    bias: Tensor | None,
+) -> Tensor:
+    height = max(1, _BLOCK_BYTES // (4 * shape[1]))
+    if fmt == "nf4" or shape[0] <= height:  # nf4's blocks run on over the ends of rows
+        return _widened(rows, parts, shape, fmt=fmt, bias=bias)
+    wide = rows.float()
+    out = rows.new_empty(rows.shape[0], shape[0])
+    for start in range(0, shape[0], height):
+        block = {name: part[start : start + height] for name, part in parts.items()}
+        size = (block["weight"].shape[0], shape[1])
+        weight = dequantize(block, fmt, dtype=torch.float32, shape=size)
+        part_bias = None if bias is None else bias[start : start + height].float()
+        out[:, start : start + height] = functional.linear(wide, weight, part_bias)
+    return out

@@ -17,19 +17,11 @@ from .weights import ExpertWeights
 
 
 def linear_reference(
-    hidden_states: Tensor,
-    parts: Mapping[str, Tensor],
-    shape: tuple[int, int],
-    *,
-    fmt: str,
-    bias: Tensor | None = None,
+    hidden_states: Tensor, parts: Mapping[str, Tensor], shape: tuple[int, int], *, fmt: str
 ) -> Tensor:
     """hidden_states [..., K] times the [N, K] matrix in `parts`, fp32 inside, rounded once."""
     weight = dequantize(parts, fmt, dtype=torch.float32, shape=shape)  # [N, K]
-    output = hidden_states.float() @ weight.T  # [..., N]
-    if bias is not None:
-        output = output + bias.float()
-    return output.to(hidden_states.dtype)
+    return (hidden_states.float() @ weight.T).to(hidden_states.dtype)  # [..., N]
 
 
 def dense_expert(weights: ExpertWeights, slot: int) -> tuple[Tensor, Tensor]:
