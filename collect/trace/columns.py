@@ -94,6 +94,24 @@ def to_table(columns: Mapping[str, np.ndarray], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays(arrays, schema=schema)
 
 
+def encodings(schema: pa.Schema) -> dict[str, Any]:
+    """Parquet's encodings for `ParquetWriter`: dictionaries, but for the long lists of small
+    integers.
+
+    Parquet keeps those as 32-bit integers. Split into byte streams they pack a fifth smaller and
+    are written faster than by dictionary. Not for fp16: DuckDB cannot read it split.
+    """
+    dictionary, split = [], {}
+    for field in schema:
+        is_list = pa.types.is_fixed_size_list(field.type)
+        name = f"{field.name}.list.element" if is_list else field.name
+        if is_list and pa.types.is_integer(field.type.value_type):
+            split[name] = "BYTE_STREAM_SPLIT"
+        else:
+            dictionary.append(name)
+    return {"use_dictionary": dictionary, "column_encoding": split}
+
+
 def to_matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
     """A fixed-size-list column as [rows, width]; a view where the column is one chunk."""
     if isinstance(column, pa.ChunkedArray):

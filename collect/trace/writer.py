@@ -22,7 +22,7 @@ import xxhash
 
 from ..durable import durable_write, remove_leftovers
 from ..errors import DirectoryInUseError, OutOfSpaceError, ResumeError, TraceError
-from .columns import shard_schema, to_table
+from .columns import encodings, shard_schema, to_table
 from .manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -179,8 +179,8 @@ class TraceWriter:
                 schema,
                 compression="zstd",
                 compression_level=1,
-                use_dictionary=True,
                 write_page_checksum=True,
+                **encodings(schema),
             ) as parquet,
         ):
             for start, end in _row_groups(rows.columns["sample_id"]):
