@@ -299,6 +299,10 @@ class ThreadTransfer:
             problem = None
         except Exception as error:
             problem = str(error) if isinstance(error, TransferError) else repr(error)
+        except BaseException:
+            # Set before whoever waits for this copy wakes up and asks.
+            self.degraded = True
+            raise
         finally:
             with self._changed:
                 self._meter.stop(0 if problem else piece.length)
