@@ -104,6 +104,9 @@ class Acquisition:
         keep = self._prefetcher.wanted
         while self._missing:
             key = self._missing[0]
+            if self._take_prefetched(key):
+                self._missing.popleft()
+                continue
             slot = self._cache.reserve(key, Kind.ON_DEMAND, keep=keep)
             if slot is None:
                 return
@@ -116,11 +119,24 @@ class Acquisition:
             self._traffic.bytes_on_demand += copy.nbytes
             self._in_flight.append(copy)
 
+    def _take_prefetched(self, key: ExpertKey) -> bool:
+        # A forecast for a later step may have had it read ahead since it was looked up.
+        slot = self._cache.lookup(key)
+        if slot is not None:
+            self._hand_out(key, slot)
+            return True
+        copy = self._prefetcher.claim(key)
+        if copy is not None:
+            self._in_flight.append(copy)
+        return copy is not None
+
     def _wait(self) -> None:
         if not self._in_flight:
             # Nothing of ours is pinned or loading, and prefetches may not take the last slot.
             self._prefetcher.settle()
             self._submit()
+            if self._ready:
+                return
             assert self._in_flight, "no slot for a missing expert although none is in use"
         began = time.perf_counter()
         self._finish(self._in_flight[0])

@@ -5,7 +5,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outrider.collect.schema import ExpertKey, ModelShape
@@ -220,6 +220,13 @@ def test_a_failed_read_ends_the_layer_and_nothing_else(layers, num_slots, seed):
 
 
 @settings(max_examples=100, deadline=None)
+@example(
+    layers=[(0, {0, 1}), (1, {0, 1, 2, 3}), (1, {1}), (1, {0, 1, 2})],
+    num_slots=4,
+    seed=180480304,
+    interrupts=0.5,
+    refuses=0.0,
+)
 @given(
     layers=needs,
     num_slots=st.integers(1, 8),
@@ -281,6 +288,32 @@ def test_a_failed_prefetch_is_read_on_demand_and_counted():
         assert [key for wave in acquisition.waves() for key, _ in wave] == [key]
     assert acquisition.num_failed_prefetches == 1
     assert (stage.traffic.late_hits, stage.traffic.bytes_on_demand) == (1, 1)
+    stage.check_released()
+
+
+def test_an_expert_that_is_read_ahead_while_it_waits_for_a_slot_is_taken_from_there():
+    # No slot is left for the last expert; then a prefetch fails, and the prefetcher takes that slot
+    # for the same expert, which a forecast wants for the next step.
+    stage = Stage(0, 4)
+
+    def wanted(step, layer_idx, *experts):
+        probability = np.zeros((1, NUM_EXPERTS), dtype=np.float32)
+        probability[0, list(experts)] = 0.95
+        stage.prefetcher.offer(Forecast(step, layer_idx, layer_idx + 1, probability))
+
+    wanted(0, 2, 0)
+    stage.prefetcher.advance(0, 0)
+    (doomed,) = stage.fate._manual.pending
+    keys = [ExpertKey(1, e) for e in range(4)]
+    with stage.acquire(keys) as acquisition:
+        assert stage.cache.state(keys[3]) is None
+        stage.fate._manual.fail(doomed)
+        wanted(0, 2)
+        wanted(1, 1, 3)
+        stage.prefetcher.advance(0, 1)
+        assert stage.cache.state(keys[3]) is SlotState.LOADING
+        got = [key for wave in acquisition.waves() for key, _ in wave]
+    assert sorted(got) == keys
     stage.check_released()
 
 
