@@ -1,5 +1,7 @@
 """The one console entry point. Names commands by string and imports them when they are called."""
 
+import atexit
+import contextlib
 import importlib
 import os
 import sys
@@ -21,10 +23,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("commands.collect", "Record routing traces of a model on text."),
     "analyze": ("commands.analyze", "Expert analysis of traces: JSON, figures, one HTML page."),
     "compare": ("commands.compare", "Traces of several models side by side."),
+    "gateway": ("commands.gateway", "OpenAI-compatible HTTP in front of a server."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),
 }
 # Top-level packages that only an extra installs.
-_EXTRAS = {"jinja2": "analysis", "matplotlib": "analysis", "sklearn": "analysis"}
+_EXTRAS = {
+    "jinja2": "analysis",
+    "matplotlib": "analysis",
+    "prometheus_client": "serve",
+    "sklearn": "analysis",
+    "starlette": "serve",
+    "uvicorn": "serve",
+}
 INTERRUPTED = 130
 OUT_OF_MEMORY = 4
 
@@ -110,5 +120,25 @@ def root(
 
 
 def main() -> None:
-    """The console script `outrider`."""
-    app()
+    """The console script `outrider`. Ends the process."""
+    try:
+        app()
+        code: Any = 0
+    except SystemExit as end:
+        code = end.code
+    _leave(code if isinstance(code, int) else int(code is not None))
+
+
+def _leave(code: int) -> None:
+    """End the process with `code`, once exit handlers have run and output is written.
+
+    Taking a million imported objects apart one by one, as the interpreter would, is a second of
+    waiting for every command that imported torch.
+    """
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # closed, or its reader has gone
+            stream.flush()
+    os._exit(code)

@@ -1,0 +1,1 @@
+"""Serving: many clients, one engine. Importing this costs nothing."""

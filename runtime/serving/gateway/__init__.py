@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP gateway in front of a server. Importing this costs nothing."""
