@@ -16,6 +16,7 @@ from .limits import (
     Limit,
     check_bool,
     check_integer,
+    check_integers,
     check_length,
     check_number,
     check_text,
@@ -164,8 +165,7 @@ class GenerationRequest(SamplingParams, frozen=True, forbid_unknown_fields=True,
             raise FieldError("prompt", "the prompt is empty: at least one token is needed")
         for field, checked in (("prompt_token_ids", ids), ("stop_token_ids", self.stop_token_ids)):
             accepted = Limit(0, vocab_size - 1)
-            for position, token_id in enumerate(checked):
-                check_integer(f"{field}[{position}]", token_id, limit=accepted)
+            check_integers(field, checked, limit=accepted)
         if len(ids) >= max_length:
             raise FieldError(
                 "prompt",
@@ -236,8 +236,7 @@ def _token_ids(field: str, value: Any) -> tuple[int, ...]:
     if isinstance(value, (str, bytes, bytearray, Mapping)) or not hasattr(value, "__getitem__"):
         raise refusal(field, value, "a list of token ids")
     check_length(field, len(value), f"num_{field}", unit="token ids")
-    limit = LIMITS["token_id"]
-    return tuple(check_integer(f"{field}[{i}]", item, limit=limit) for i, item in enumerate(value))
+    return check_integers(field, value, limit=LIMITS["token_id"])
 
 
 def _messages(value: Any) -> tuple[ChatMessage, ...]:
