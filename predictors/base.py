@@ -4,8 +4,9 @@ Knows no family: each stands in its own module, imported when its name is asked 
 """
 
 import importlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import numpy as np
 
@@ -14,12 +15,36 @@ from ..collect.schema import ModelShape
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .examples import Examples
+    from .journal import Journal
+    from .presets import Settings
+
 NAMES = {
+    "attention": "attention:Attention",
+    "cluster": "cluster:Cluster",
+    "ensemble": "ensemble:Ensemble",
     "frequent": "frequent:FrequentPredictor",
+    "hierarchical": "hierarchical:Hierarchical",
     "lookahead": "lookahead:LookaheadPredictor",
+    "lookahead-corrected": "corrected:CorrectedLookahead",
+    "oracle": "oracle:Oracle",
+    "pattern": "pattern:Pattern",
+    "pre-attention": "pre_attention:PreAttention",
     "random": "random:RandomPredictor",
+    "statistics": "statistics:Statistics",
 }
-"""Command-line name -> "module:Class" inside this package."""
+"""Command-line name -> "module:Class" inside this package.
+
+The class is the predictor itself for the three names of UNTRAINED, a TrainedFamily for the others,
+but for `oracle`, which replay alone can make.
+"""
+
+UNTRAINED = ("frequent", "lookahead", "random")
+REPLAY_ONLY = ("oracle",)
+
+_FAMILIES = {name: where for name, where in NAMES.items() if name not in (*UNTRAINED, *REPLAY_ONLY)}
+# Counted in advance rather than while running; the same forecast otherwise.
+_FAMILIES["frequent"] = "frequent:Frequent"
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +112,61 @@ class Predictor(Protocol):
         ...
 
 
+class PredictorFactory(Protocol):
+    """What is shared between the predictors of all sequences: a family's trained state.
+
+    `hidden_layers` are the layers whose router input `observe` and `in_pass` must be handed, ()
+    where none is read; `frequencies` [num_moe_layers, num_experts], the share of training tokens
+    that used each expert, for a warm start of the cache.
+    """
+
+    name: str
+    shape: ModelShape
+    needs_gates: bool
+    hidden_layers: tuple[int, ...]
+    frequencies: np.ndarray | None
+
+    def make(
+        self,
+        gates: "Sequence[tuple[Tensor, Tensor | None]] | None" = None,
+        *,
+        scoring: str = "softmax",
+        tokens: str = "all",
+    ) -> Predictor:
+        """A predictor for one sequence. `gates`, `scoring`, `tokens`: see LookaheadPredictor."""
+        ...
+
+
+class TrainedFamily(PredictorFactory, Protocol):
+    """A factory that is learned from traces and kept in a folder (see `checkpoint`)."""
+
+    @classmethod
+    def fit(
+        cls,
+        examples: "Examples",
+        *,
+        validation: "Examples",
+        settings: "Settings",
+        progress: "Journal",
+    ) -> Self:
+        """Learn from training documents; `validation` holds others, to stop and to calibrate by.
+
+        Blocks for as long as it takes. Raises TrainingDataError where `examples` lack something.
+        """
+        ...
+
+    def state(self) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
+        """Tensors and plain settings that `from_state` makes the same factory of, bit for bit."""
+        ...
+
+    @classmethod
+    def from_state(
+        cls, tensors: Mapping[str, np.ndarray], config: Mapping[str, Any], shape: ModelShape
+    ) -> Self:
+        """The inverse of `state`. Raises PredictorError naming what is missing or misshapen."""
+        ...
+
+
 class StepCount:
     """Numbers a sequence's forward passes from the order in which a predictor is called."""
 
@@ -114,5 +194,21 @@ def predictor_class(name: str) -> type:
     """The class behind a command-line name, imported now. ValueError lists the known names."""
     if name not in NAMES:
         raise ValueError(f"predictor {name!r} is unknown; known ones: {', '.join(NAMES)}")
-    module, _, attribute = NAMES[name].partition(":")
+    return _imported(NAMES[name])
+
+
+def family_class(name: str) -> type[TrainedFamily]:
+    """The family behind a name, which `outrider train` can fit. SettingsError lists them."""
+    from .errors import SettingsError
+
+    if name not in _FAMILIES:
+        known = f"those that are trained: {', '.join(sorted(_FAMILIES))}"
+        if name in NAMES:
+            raise SettingsError(f"predictor {name!r} is not trained; {known}")
+        raise SettingsError(f"predictor {name!r} is unknown; {known}")
+    return _imported(_FAMILIES[name])
+
+
+def _imported(where: str) -> Any:
+    module, _, attribute = where.partition(":")
     return getattr(importlib.import_module(f".{module}", __package__), attribute)
