@@ -34,7 +34,7 @@ def found(ranking: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
 
 def top1(ranking: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
     """Whether the highest forecast is the expert with the largest router weight: bool [...]."""
-    return ranking[..., 0] == topk_ids[..., 0]
+    return np.equal(ranking[..., 0], topk_ids[..., 0])
 
 
 def top2(ranking: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
@@ -112,7 +112,7 @@ class Reliability:
         return gaps / np.maximum(total, 1)
 
     def points(self) -> list[tuple[float, float, int]]:
-        """(mean forecast, share used, count) of each bin that is not empty, for one curve [bins]."""
+        """(mean forecast, share used, count) of each bin that is not empty; for one curve."""
         return [
             (float(forecast / count), float(observed / count), int(count))
             for count, forecast, observed in zip(

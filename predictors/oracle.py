@@ -16,12 +16,14 @@ if TYPE_CHECKING:
 REACH = 4
 """Layers that an in-pass forecast covers, as the trained predictors do."""
 
+_RANK = 1e-6
 
-class OraclePredictor:
+
+class Oracle:
     """Probability 1 for the experts that will be used, 0 for all others; None past the end.
 
-    `foresee` must be called before `begin`. Without it, or past the end of what it was told, the
-    oracle says nothing.
+    The used ones differ by a millionth each, so that they rank by router weight. `foresee` must be
+    called before `begin`: without it, or past the end of what it was told, the oracle says nothing.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -67,6 +69,7 @@ class OraclePredictor:
         if not ids.size:
             return None
         probability = np.zeros((layer_to - layer_from, self.shape.num_experts), dtype=np.float32)
-        for token_ids in ids:
-            np.put_along_axis(probability, token_ids, 1.0, axis=1)
+        certain = 1.0 - _RANK * np.arange(ids.shape[-1], dtype=np.float32)
+        for token_ids in ids[::-1]:
+            np.put_along_axis(probability, token_ids, certain[None], axis=1)
         return Forecast(step, layer_from, layer_to, probability)

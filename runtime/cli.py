@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "analyze": ("commands.analyze", "Expert analysis of traces: JSON, figures, one HTML page."),
     "compare": ("commands.compare", "Traces of several models side by side."),
     "gateway": ("commands.gateway", "OpenAI-compatible HTTP in front of a server."),
+    "evaluate": ("commands.evaluate", "Judge predictors on held-out text."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),
 }
 # Top-level packages that only an extra installs.

@@ -1,5 +1,7 @@
 """Prediction metrics against plain loops that follow their definitions word by word."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -90,7 +92,7 @@ def test_reliability_is_counted_bin_by_bin(rows, bins):
     table = metrics.reliability(probability, is_used, edges=edges, group=group, num_groups=3)
     limits = [-np.inf, *edges.tolist(), np.inf]
     for document in range(3):
-        for place, (low, high) in enumerate(zip(limits, limits[1:], strict=False)):
+        for place, (low, high) in enumerate(itertools.pairwise(limits)):
             inside = [row for row in rows if row[2] == document and low < row[0] / 10 <= high]
             assert table.count[document, place] == len(inside)
             assert table.observed[document, place] == sum(row[1] for row in inside)
@@ -98,7 +100,7 @@ def test_reliability_is_counted_bin_by_bin(rows, bins):
             assert table.forecast[document, place] == pytest.approx(forecast)
     whole = metrics.reliability(probability, is_used, edges=edges)
     expected = 0.0
-    for low, high in zip(limits, limits[1:], strict=False):
+    for low, high in itertools.pairwise(limits):
         inside = [row for row in rows if low < row[0] / 10 <= high]
         if inside:
             gap = np.mean([row[0] / 10 for row in inside]) - np.mean([row[1] for row in inside])

@@ -1,0 +1,1 @@
+"""`outrider evaluate`: how well predictors foretell the routing of text they have never seen."""
