@@ -39,6 +39,7 @@ test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 
 # torch's own floor, 2.10, comes for x86 Linux as a CUDA build of several GB only, so this runs with
 # the version of constraints.txt unless told otherwise: make test-floor FLOOR_TORCH=2.10.0
+# Extras are left out: they serve figures and data sets, which other tests cover.
 test-floor: $(FLOORED) ## engine and models with the lowest versions allowed (Python 3.11 or 3.12)
 	$(FLOOR)/bin/python -m pytest -q -m "not gpu and not slow" tests/runtime tests/predictors
 
@@ -67,5 +68,5 @@ build/types/outrider:
 $(FLOORED): pyproject.toml constraints-floor.txt $(wildcard setup.py)
 	$(PYTHON) -m venv $(FLOOR)
 	$(FLOOR)/bin/pip --disable-pip-version-check install -q -c constraints-floor.txt \
-		"torch==$(FLOOR_TORCH)" -e ".[test]"
+		"torch==$(FLOOR_TORCH)" -e . pytest pytest-timeout hypothesis
 	touch $@

@@ -13,12 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.experts.memory import map_memory
+
 READ_BYTES = 256 << 20
 READ_REPETITIONS = 3
 LINK_BYTES = 128 << 20
 PIECE_BYTES = 1 << 20
 NUM_THREADS = 2
 _BLOCK = 4096
+_BUFFER_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,23 +33,27 @@ class Link:
 
 
 def read_bandwidth() -> float:
-    """Bytes a second of a plain read of 256 MiB by all of torch's threads, best of 3. Blocks.
+    """Bytes a second of a plain read of 256 MiB in large pages, as slots are kept in. Blocks.
 
-    Read by the native kernels' own threads where they were built, else summed by torch.
+    The best of 3 by all of torch's threads and by one, which some machines need no more of; read by
+    the native kernels' own threads where they were built, else summed by torch.
     """
     import torch
 
     from ..kernels import native
 
-    block = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+    memory = map_memory(READ_BYTES)
+    block = torch.frombuffer(memory, dtype=torch.int64)
+    block.fill_(1)
     times = []
-    for _ in range(READ_REPETITIONS):
-        began = time.perf_counter()
-        if native.is_available():
-            native.read(block, num_threads=torch.get_num_threads())
-        else:
-            block.sum()
-        times.append(time.perf_counter() - began)
+    for num_threads in {1, torch.get_num_threads()}:
+        for _ in range(READ_REPETITIONS):
+            began = time.perf_counter()
+            if native.is_available():
+                native.read(block, num_threads=num_threads)
+            else:
+                block.sum()
+            times.append(time.perf_counter() - began)
     return READ_BYTES / min(times)
 
 
@@ -134,6 +141,7 @@ def _open_direct(file: Path) -> int | None:
 
 
 def _read(descriptor: int, offsets: Sequence[int], *, size: int) -> None:
-    buffer = mmap.mmap(-1, size)
-    for offset in offsets:
-        os.preadv(descriptor, [buffer], offset)
+    # Large pages, as the engine's own buffers: a direct read into small ones is cut up.
+    with memoryview(map_memory(_BUFFER_BYTES)) as memory, memory[:size] as buffer:
+        for offset in offsets:
+            os.preadv(descriptor, [buffer], offset)

@@ -1,6 +1,8 @@
 """Runs one scheduled batch through the model: the only place where a pass's tensors are made."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +14,12 @@ from .models.loading import LoadedModel
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .stats import ExpertTraffic
+
+# A product of fewer bytes of weights is over before a second thread is awake. nano's tokens/s with
+# one thread and with two: 110 and 34 ahead of all other work, 13-27 and 1-2 on a busy machine.
+MIN_SHARED_BYTES = 1 << 20
+# This many rows are work enough for all threads, however small the model.
+MIN_SHARED_TOKENS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +37,21 @@ class StepOutput:
 
 
 class ModelRunner:
-    """The model with our attention and experts in place. Blocks for the length of a pass."""
+    """The model with our attention and experts in place. Blocks for the length of a pass.
 
-    def __init__(self, loaded: LoadedModel, executor: ExpertExecutor) -> None:
+    `num_threads` None leaves it to the runner whether a pass is worth more than one thread.
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, executor: ExpertExecutor, *, num_threads: int | None = None
+    ) -> None:
         self._model = loaded.model
         self._device = loaded.device
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
         self._num_passes = 0
+        matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
+        self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
         adapter.install(loaded.model, loaded.layers, executor.forward)
 
     @torch.inference_mode()
@@ -58,7 +73,7 @@ class ModelRunner:
         if every_row:
             rows = list(range(batch.num_tokens))
         spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
-        with self._attention.over(spans):
+        with self._attention.over(spans), self._threads(batch.num_tokens):
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self._device),
                 position_ids=torch.tensor([positions], device=self._device),
@@ -76,6 +91,18 @@ class ModelRunner:
             stall_s=stall_s,
             traffic=traffic,
         )
+
+    @contextmanager
+    def _threads(self, num_tokens: int) -> Iterator[None]:
+        if not self._is_small or num_tokens >= MIN_SHARED_TOKENS:
+            yield
+            return
+        num_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(num_threads)
 
     def _begin(self, batch: ScheduledBatch[Sequence]) -> None:
         observers: list[Observer] = []
