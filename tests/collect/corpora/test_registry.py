@@ -84,10 +84,11 @@ def test_an_unknown_name_lists_the_known_ones():
         open_corpora(["plays", "plays"])
 
 
-def test_offline_falls_back_to_the_sample_in_the_repository(tmp_path):
-    corpora = open_corpora(["offline"], offline_root=tmp_path / "nothing")
-    # Only the standard library's code needs no package, so it is all that is found.
-    assert [corpus.name for corpus in corpora] == ["code"]
+def test_a_folder_without_any_corpus_is_refused(tmp_path):
+    # The standard library's code needs no package: alone it would pass for all six domains.
+    with pytest.raises(CorpusError, match="holds none of the offline corpora"):
+        open_corpora(["offline"], offline_root=tmp_path)
+    assert open_corpora(["code"], offline_root=tmp_path)[0].source == "offline:code"
 
 
 def test_offline_without_any_corpora_is_the_sample(tmp_path, monkeypatch):
