@@ -54,7 +54,7 @@ def recall(ranking: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
 
 def exact(ranking: np.ndarray, topk_ids: np.ndarray) -> np.ndarray:
     """Whether the k highest forecasts are the true set: bool [...]. `ranking` may be longer."""
-    return found(ranking[..., : topk_ids.shape[-1]], topk_ids).all(axis=-1)
+    return np.all(found(ranking[..., : topk_ids.shape[-1]], topk_ids), axis=-1)
 
 
 def used(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:

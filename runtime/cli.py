@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from ..collect.errors import CollectError
+from ..predictors.errors import PredictorError
 from .errors import OutriderError
 
 # name -> (module below this package, one-line help). A module offers a typer app named `app`.
@@ -61,7 +62,7 @@ class LazyGroup(TyperGroup):
         """Run a command; what a user can meet is one line on stderr and an exit code."""
         try:
             return super().invoke(ctx)
-        except (OutriderError, CollectError) as error:
+        except (OutriderError, CollectError, PredictorError) as error:
             typer.echo(f"outrider: {error}", err=True)
             raise typer.Exit(error.exit_code) from error
         except ModuleNotFoundError as error:

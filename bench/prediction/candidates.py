@@ -87,7 +87,7 @@ class Candidates:
                 hidden_layers=every_layer,
             )
         if name in FITTED_NOW:
-            return self._from(name, self._fitted(name), fitted_on="train split, now")
+            return self._from(name, self.fitted(name), fitted_on="train split, now")
         folder = Path(name)
         if name not in NAMES and (folder.is_dir() or "/" in name):
             factory = load_predictor(folder, self._shape)
@@ -115,7 +115,8 @@ class Candidates:
             moment=PRE_ATTENTION if is_pre_attention else IN_PASS,
         )
 
-    def _fitted(self, name: str) -> TrainedFamily:
+    def fitted(self, name: str) -> TrainedFamily:
+        """The family of one of FITTED_NOW, fitted to the train split. Blocks on it."""
         needs_states = name in ("lookahead-corrected", "pre-attention")
         layers = tuple(range(self._shape.num_moe_layers)) if needs_states else ()
         if needs_states:

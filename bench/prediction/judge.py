@@ -58,7 +58,7 @@ class Judge:
     _parts: list[tuple[np.ndarray, ...]] = field(default_factory=list)
 
     def add(self, table: np.ndarray | None, topk_ids: np.ndarray, document: int) -> None:
-        """Forecasts [T, L, E], NaN or None where nothing was said, of steps that used `topk_ids`."""
+        """Forecasts [T, L, E], NaN or None where nothing was said, and what was used."""
         steps, layers, top_k = topk_ids.shape
         width = min(2 * top_k, self.shape.num_experts)
         if table is None:
