@@ -2,7 +2,8 @@
 implementation.
 
 Knows tokens, slots and formats; no experts' names, files or models. `impl` picks who computes:
-`reference` (plain truth, slow) or `cpu` (native code, or PyTorch where none was built).
+`reference` (plain truth, slow), `cpu` (native code, or PyTorch where none was built) or `triton`
+(CUDA tensors; has not run on a GPU so far).
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from .quantization import FORMATS, PLAIN_DTYPES
 from .reference import combine_reference, expert_outputs_reference
 from .weights import ACTIVATION_DTYPES, ExpertWeights
 
-IMPLEMENTATIONS = ("reference", "cpu")
+IMPLEMENTATIONS = ("reference", "cpu", "triton")
 
 Arena = Mapping[str, Tensor] | ExpertWeights
 
@@ -69,10 +70,11 @@ def expert_outputs(
     hidden_states [T, H]; assignments = (token_idx [N], slot_ids [N]), integers on the same device;
     arena: an `ExpertWeights`, or the mapping one is made of together with `fmt` (and the layout
     flags). Row i of the result goes to `out[out_rows[i]]`, or `out[i]` without `out_rows`; `out`
-    [R, H] has hidden_states' dtype and is made if absent. Everything inside an expert is fp32; the
-    row is rounded once. A row's bits depend on its input row, its expert's weights and the number
+    [R, H] has hidden_states' dtype and is made if absent. Everything inside an expert is fp32 and
+    the row is rounded once (Triton's grouped products excepted: `grouped_matmul`). A row's bits depend on its input row, its expert's weights and the number
     of rows of this call that go to that slot (so all of an expert's rows belong into one call), and
-    on nothing else with the native kernels. Blocks until done on the CPU; queues on the current
+    on nothing else with the native kernels; with Triton's also on whether T is above
+    `cuda.MAX_GATHERED_TOKENS`. Blocks until done on the CPU; queues on the current
     stream on CUDA. Raises KernelArgumentError, FormatError or ActivationError; reads no slot that
     is not named.
     """
@@ -97,6 +99,11 @@ def expert_outputs(
     if impl == "cpu":
         cpu.expert_outputs(hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows)
         return out
+    if impl == "triton":
+        from . import cuda
+
+        cuda.expert_outputs(hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows)
+        return out
     _check_impl(impl)
     _check_range("slot_ids", slot_ids, weights.num_slots)
     _check_range("token_idx", token_idx, hidden_states.shape[0])
@@ -108,20 +115,29 @@ def expert_outputs(
     return out
 
 
-def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
+def combine(
+    outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, impl: str | None = None
+) -> Tensor:
     """Sum a token's experts: outputs [T, K, H], topk_weights [T, K], topk_ids [T, K] -> [T, H].
 
     Ascending expert id, products and sums each rounded to fp32 (no fused multiply-add), rounded
     once to outputs' dtype: the same bits whatever order the K columns stand in, on every
-    implementation.
+    implementation. `impl` defaults to the device's: "cpu" or "triton".
     """
     if topk_weights.shape != outputs.shape[:2] or topk_ids.shape != outputs.shape[:2]:
         raise KernelArgumentError(
             f"outputs {tuple(outputs.shape)} need topk_weights and topk_ids of shape "
             f"{tuple(outputs.shape[:2])}; got {tuple(topk_weights.shape)}, {tuple(topk_ids.shape)}"
         )
-    if outputs.device.type == "cpu":
+    if impl is None:
+        impl = "triton" if outputs.device.type == "cuda" else "cpu"
+    if impl == "cpu":
         return cpu.combine(outputs, topk_weights, topk_ids)
+    if impl == "triton":
+        from . import cuda
+
+        return cuda.combine(outputs, topk_weights, topk_ids)
+    _check_impl(impl)
     return combine_reference(outputs, topk_weights, topk_ids)
 
 
@@ -163,7 +179,7 @@ def expert_mlp(
         impl=impl,
     )
     topk_ids = slot_ids if order is None else order
-    return combine(outputs.view(num_tokens, top_k, -1), topk_weights, topk_ids)
+    return combine(outputs.view(num_tokens, top_k, -1), topk_weights, topk_ids, impl=impl)
 
 
 def _weights(

@@ -31,12 +31,19 @@ def linear(
     """hidden_states [..., K] times the matrix [N, K] in `parts` -> [..., N], in the input's dtype.
 
     `parts` as `quantization.quantize` gives them. `impl` "reference" widens everything at once;
-    "cpu" holds 16 MiB of widened weights at most. Blocks until computed on the CPU.
+    "cpu" holds 16 MiB of widened weights at most and blocks until computed; "triton" queues on CUDA
+    (has not run on a GPU so far). Raises ValueError for another `impl`.
     """
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, K]
     shape = (_num_rows(parts, fmt, rows.shape[1]), rows.shape[1])
     if impl == "reference":
         out = _widened(rows, parts, shape, fmt=fmt, bias=bias)
+    elif impl == "triton":
+        from . import cuda
+
+        out = cuda.linear(rows, parts, shape, fmt=fmt, bias=bias)
+    elif impl != "cpu":
+        raise ValueError(f"unknown implementation {impl!r}; accepted: reference, cpu, triton")
     elif fmt == "fp32" and rows.dtype == torch.float32:
         out = functional.linear(rows, parts["weight"], bias)
     elif (
