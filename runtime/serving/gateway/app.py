@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.resources import files
+from pathlib import Path
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -146,8 +146,7 @@ async def _model(upstream: Upstream) -> dict[str, object]:
 
 
 def _read_page() -> dict[str, bytes]:
-    folder = files(__package__) / "page"
-    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+    return {file.name: file.read_bytes() for file in (Path(__file__).parent / "page").iterdir()}
 
 
 def _file(content: bytes, name: str) -> Response:

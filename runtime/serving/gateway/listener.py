@@ -101,18 +101,13 @@ def bind(host: str, port: int, *, write_timeout_s: float) -> socket.socket:
     return listening
 
 
-def serve(
+def http_server(
     app: ASGIApp,
-    listening: socket.socket,
     *,
-    shutdown_timeout_s: float,
+    shutdown_timeout_s: float = 30.0,
     on_started: Callable[[], None] = lambda: None,
-) -> None:
-    """Serve until SIGTERM or SIGINT. Blocks.
-
-    The first signal stops accepting and lets open requests end for `shutdown_timeout_s`, after
-    which they are cancelled; the second ends at once.
-    """
+) -> uvicorn.Server:
+    """A server not started yet; its `run(sockets=[...])` blocks until `should_exit` is set."""
     config = uvicorn.Config(
         app,
         http=_TimedProtocol,
@@ -128,7 +123,22 @@ def serve(
         timeout_graceful_shutdown=max(1, round(shutdown_timeout_s)),
         h11_max_incomplete_event_size=MAX_HEADER_BYTES,
     )
-    server = _Server(config, on_started)
+    return _Server(config, on_started)
+
+
+def serve(
+    app: ASGIApp,
+    listening: socket.socket,
+    *,
+    shutdown_timeout_s: float,
+    on_started: Callable[[], None] = lambda: None,
+) -> None:
+    """Serve until SIGTERM or SIGINT. Blocks; main thread only.
+
+    The first signal stops accepting and lets open requests end for `shutdown_timeout_s`, after
+    which they are cancelled; the second ends at once.
+    """
+    server = http_server(app, shutdown_timeout_s=shutdown_timeout_s, on_started=on_started)
     # uvicorn raises the signal again once it has shut down: an orderly end is exit code 0.
     previous = signal.signal(signal.SIGTERM, lambda number, frame: None)
     try:

@@ -1,4 +1,4 @@
-"""Replies that end when their reader does: an event stream, and a wait that a disconnect cuts short.
+"""Replies that end when their reader does: an event stream, and a wait cut short by a disconnect.
 
 Works on plain ASGI messages, since a generation must be cancelled the moment nobody waits for it.
 """

@@ -12,7 +12,7 @@ from typing import Generic, Protocol, TypeVar
 from ...errors import UsageError
 from ...request import GenerationRequest
 from ..conversation import ConnectionLost, ServerError
-from ..messages import Chunk, Done, ErrorCode, ProtocolError, Ready, Stats
+from ..messages import Chunk, Done, ProtocolError, Ready, Stats
 from .refusal import Refusal
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ READY_MAX_AGE_S = 5.0
 
 # How each of the server's errors is told over HTTP. Those that the same request would meet again
 # are final: OpenAI's client tries 5xx once more by itself.
-_STATUS: dict[ErrorCode, tuple[int, bool]] = {
+_STATUS: dict[str, tuple[int, bool]] = {
     "deadline_exceeded": (504, True),
     "duplicate_id": (500, False),
     "engine_dead": (503, False),
@@ -80,24 +80,38 @@ class Upstream:
 
 
 class _Remembered(Generic[T]):
-    """An answer kept for `max_age_s`; while one is being fetched, all who ask wait for that one."""
+    """An answer kept for `max_age_s`; while one is being fetched, all who ask wait for that one.
+
+    They share its failure too, which is not kept: a server that is gone costs one time-out, not
+    one after the other.
+    """
 
     def __init__(self, fetch: Callable[[], Awaitable[T]], *, max_age_s: float) -> None:
         self._fetch = fetch
         self._max_age_s = max_age_s
-        self._lock = asyncio.Lock()
         self._kept: tuple[float, T] | None = None
+        self._pending: asyncio.Task[T] | None = None
 
     async def get(self) -> T:
-        """The answer, fetched if there is none young enough; a failure is not kept as one."""
-        asked = time.monotonic()
-        async with self._lock:
-            # What came while this waited for its turn was fetched for it too.
-            if self._kept is None or self._kept[0] < asked - self._max_age_s:
-                self._kept = None
-                answer = await _refusing(self._fetch())
-                self._kept = (time.monotonic(), answer)
+        """The answer, fetched if there is none young enough."""
+        if self._kept is not None and time.monotonic() - self._kept[0] <= self._max_age_s:
             return self._kept[1]
+        if self._pending is None:
+            self._pending = asyncio.ensure_future(self._refresh())
+            self._pending.add_done_callback(self._settle)
+        # One that stops waiting does not take the answer from the others.
+        return await asyncio.shield(self._pending)
+
+    async def _refresh(self) -> T:
+        answer = await _refusing(self._fetch())
+        self._kept = (time.monotonic(), answer)
+        return answer
+
+    def _settle(self, task: "asyncio.Task[T]") -> None:
+        self._pending = None
+        if not task.cancelled():
+            # Looked at, so that nobody waiting any more is nothing to be warned of.
+            task.exception()
 
 
 async def _refusing(answer: Awaitable[T]) -> T:
