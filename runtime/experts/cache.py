@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Self
 
 from ...collect.schema import ExpertKey
+from ...predictors.base import Forecast
 from .eviction import EvictionPolicy
 
 Slot = int
@@ -161,6 +162,22 @@ class ExpertCache:
             for key, entry in self._entries.items()
             if entry.state is SlotState.READY
         }
+
+    @property
+    def wants_forecasts(self) -> bool:
+        """The eviction policy makes use of forecasts, also where nothing is read ahead."""
+        return self._eviction.wants_forecasts
+
+    def foresee(self, forecast: Forecast) -> None:
+        """Let eviction know what is to come: the newest forecast for its layers and step.
+
+        Unchecked: `Forecast.check` belongs before. Steps are those of `advance`.
+        """
+        self._eviction.foresee(forecast)
+
+    def advance(self, step: int, layer_idx: int) -> None:
+        """Execution stands at this layer of this step, -1 before the first; before its look-ups."""
+        self._eviction.advance(step, layer_idx)
 
     def reserve(
         self, key: ExpertKey, kind: Kind, *, keep: Collection[ExpertKey] = frozenset()

@@ -9,10 +9,13 @@ import logging
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ...collect.schema import ExpertKey, ModelShape
 from ..errors import UsageError
+
+if TYPE_CHECKING:
+    from ...predictors.base import Forecast
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +33,13 @@ collapse below one step's working set."""
 
 
 class EvictionPolicy(Protocol):
-    """Orders the experts that hold slots. Called by one ExpertCache only; never blocks."""
+    """Orders the experts that hold slots. Called by one ExpertCache only; never blocks.
+
+    `wants_forecasts`: forecasts make a difference to it, so that they are worth their time even
+    where nothing is read ahead.
+    """
+
+    wants_forecasts: bool
 
     def admit(self, key: ExpertKey) -> None:
         """`key` holds a slot from now on (its copy may still be under way)."""
@@ -50,6 +59,26 @@ class EvictionPolicy(Protocol):
         Only keys for which `evictable` is true; None exactly if there is no such key.
         """
         ...
+
+    def foresee(self, forecast: "Forecast") -> None:
+        """A forecast that is well-formed: the newest for its layers and step."""
+        ...
+
+    def advance(self, step: int, layer_idx: int) -> None:
+        """Execution stands at this layer of this step; -1 is before the first."""
+        ...
+
+
+class LookBack:
+    """What a policy does with forecasts that it has no use for: nothing."""
+
+    wants_forecasts = False
+
+    def foresee(self, forecast: "Forecast") -> None:
+        """Ignored."""
+
+    def advance(self, step: int, layer_idx: int) -> None:
+        """Ignored."""
 
 
 class Ranking(Protocol):
@@ -152,7 +181,7 @@ def _half_life(shape: ModelShape) -> float:
     return float(HALF_LIFE_TOKENS * shape.top_k)
 
 
-class GlobalEviction:
+class GlobalEviction(LookBack):
     """One ranking over all layers' experts."""
 
     def __init__(self, ranking: Ranking) -> None:
@@ -185,7 +214,7 @@ class LfuEviction(GlobalEviction):
         super().__init__(FrequencyRanking(_half_life(shape)))
 
 
-class LayerEviction:
+class LayerEviction(LookBack):
     """A ranking and a quota of slots for each layer; free slots may be borrowed beyond the quota.
 
     A layer at its quota replaces its own experts; one below it takes a slot back from the layer
@@ -243,7 +272,7 @@ class LayerLfuEviction(LayerEviction):
         )
 
 
-class StaticEviction:
+class StaticEviction(LookBack):
     """Counts for WARMUP_TOKENS tokens, then keeps the most used experts for good.
 
     The hot set leaves one step's top_k slots (at most half of all) for the experts outside it,
@@ -284,7 +313,15 @@ class StaticEviction:
         return self._counts.first(evictable)
 
 
+def _forecast(shape: ModelShape, num_slots: int) -> EvictionPolicy:
+    # Imported when asked for: it brings numpy, which the command line does without.
+    from .foresight import ForecastEviction
+
+    return ForecastEviction(shape, num_slots)
+
+
 EVICTIONS: dict[str, Callable[[ModelShape, int], EvictionPolicy]] = {
+    "forecast": _forecast,
     "layer-lfu": LayerLfuEviction,
     "layer-lru": LayerLruEviction,
     "lfu": LfuEviction,

@@ -49,7 +49,8 @@ class PolicyDefinition:
     """What each policy promises, recomputed from the whole history at every eviction."""
 
     def __init__(self, name: str, num_slots: int) -> None:
-        self.name = name
+        # That is what it is as long as it is told of nothing.
+        self.name = "layer-lfu" if name == "forecast" else name
         self.num_slots = num_slots
         self.now = 0
         self.last_seen: dict[ExpertKey, int] = {}

@@ -1,0 +1,267 @@
+"""Eviction by what is to come: `forecast` weighs forecasts, `belady` is told the future.
+
+Bookkeeping over keys, as in `eviction`, which names these policies; apart from it since they need
+numpy, which the command line does without.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Iterable
+
+import numpy as np
+
+from ...collect.schema import ExpertKey, ModelShape
+from ...predictors.base import Forecast
+from .eviction import HALF_LIFE_TOKENS, Evictable, LayerLfuEviction, LookBack
+
+DISCOUNT = 0.8
+"""What a use one token later is worth: a slot kept for it could have served another meanwhile."""
+
+REPEAT = 0.25
+"""Weight of a use in the layer's last step, beside its decayed count. By replay on nano's routing
+at budgets of 10 to 50 %: 0.12 is what describes its uses best, 0.25 evicts better."""
+
+SPARED = 0.3
+"""An expert forecast for this token with this probability stays while others may go."""
+
+SHORTLIST = 4
+"""Victims ranked at once, in multiples of top_k; one layer seldom takes more."""
+
+_MAX_INCREMENT = 1e100
+
+
+class UseRates:
+    """How likely each expert is used in a step, from past uses, [num_moe_layers, num_experts].
+
+    Decayed counts, in which a use weighs growth^n after n uses of its layer, so that no count has
+    to be decayed: rows are scaled down long before they overflow.
+    """
+
+    def __init__(self, shape: ModelShape) -> None:
+        size = (shape.num_moe_layers, shape.num_experts)
+        self._top_k = float(shape.top_k)
+        self._growth = 2.0 ** (1.0 / (HALF_LIFE_TOKENS * shape.top_k))
+        self._weight = np.zeros(size)
+        self._increment = [1.0] * shape.num_moe_layers
+        self._last_step = [-1] * shape.num_moe_layers
+        self._is_last = np.zeros(size, dtype=bool)
+
+    def count(self, key: ExpertKey, *, step: int) -> None:
+        """One use of `key`, after which older ones of its layer weigh a little less."""
+        layer_idx = key.layer_idx
+        if self._last_step[layer_idx] != step:
+            self._last_step[layer_idx] = step
+            self._is_last[layer_idx] = False
+        increment = self._increment[layer_idx] * self._growth
+        if increment > _MAX_INCREMENT:
+            self._weight[layer_idx] /= increment
+            increment = 1.0
+        self._increment[layer_idx] = increment
+        self._weight[key] += increment
+        self._is_last[key] = True
+
+    def rates(self) -> np.ndarray:
+        """Probability of a use in some later step; all 0 in a layer that was never used."""
+        total = np.maximum(self._weight.sum(axis=1, keepdims=True), 1e-300)
+        return np.minimum(self._weight * (self._top_k / total), 1.0)
+
+    def next_rates(self, rates: np.ndarray) -> np.ndarray:
+        """Probability of a use in the layer's next step, given `rates`."""
+        return rates + REPEAT * (self._is_last - rates)
+
+
+class ForecastEviction(LayerLfuEviction):
+    """The expert whose next use is worth least leaves, whatever its layer.
+
+    An expert's worth is the expected DISCOUNT^t of its next use t tokens from now: by the forecasts
+    held for the rest of this token and for the next tokens, beyond them by decayed frequency. Slots
+    go to layers by this worth alone. All worths are computed when the first victim is asked for
+    after `advance`, `foresee` or a use, and an expert admitted since then is chosen last: a layer
+    costs a few vector operations over all experts, each further victim O(1), amortised.
+    Where no forecast reaches round to the next token, the choice is LayerLfuEviction's, of experts
+    that no forecast for this token speaks of while there are such.
+    """
+
+    wants_forecasts = True
+
+    def __init__(self, shape: ModelShape, num_slots: int, *, discount: float = DISCOUNT) -> None:
+        super().__init__(shape, num_slots)
+        layers, experts = shape.num_moe_layers, shape.num_experts
+        self._shape = shape
+        self._discount = discount
+        self._uses = UseRates(shape)
+        # Of a step: probabilities [layers, experts], and which rows are forecast [layers, 1].
+        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._blank = np.zeros((layers, experts), np.float32), np.zeros((layers, 1), dtype=bool)
+        self._step, self._layer_idx = 0, -1
+        self._is_member = np.zeros((layers, experts), dtype=bool)
+        self._late: set[ExpertKey] = set()
+        self._shortlist: deque[ExpertKey] = deque()
+        self._worths: np.ndarray | None = None
+        self._lags = (np.arange(layers) + 1.0) / layers
+        self._length = SHORTLIST * shape.top_k
+
+    def admit(self, key: ExpertKey) -> None:
+        super().admit(key)
+        self._is_member[key] = True
+        self._late.add(key)
+
+    def touch(self, key: ExpertKey) -> None:
+        super().touch(key)
+        self._uses.count(key, step=self._step)
+        self._worths = None
+
+    def discard(self, key: ExpertKey) -> None:
+        super().discard(key)
+        self._is_member[key] = False
+        self._late.discard(key)
+
+    def foresee(self, forecast: Forecast) -> None:
+        """Take the newest forecast for its layers and step; one for a step gone by is ignored."""
+        if forecast.step < self._step:
+            return
+        rows = slice(forecast.layer_from, forecast.layer_to)
+        if forecast.step not in self._tables:
+            table, is_known = self._blank
+            self._tables[forecast.step] = table.copy(), is_known.copy()
+        table, is_known = self._tables[forecast.step]
+        table[rows] = forecast.probability
+        is_known[rows] = True
+        self._worths = None
+
+    def advance(self, step: int, layer_idx: int) -> None:
+        """Execution stands at this layer. Going back to an earlier step forgets all forecasts."""
+        if step != self._step:
+            for gone in [one for one in self._tables if one < step or step < self._step]:
+                del self._tables[gone]
+        self._step, self._layer_idx = step, layer_idx
+        self._worths = None
+
+    def worths(self) -> np.ndarray | None:
+        """Worth of each expert now, 0 to 1, [layers, experts]; not to be written to.
+
+        None unless the next use of every layer is forecast.
+        """
+        if self._worths is None and self._is_foreseen():
+            self._worths = self._compute()
+            self._shortlist.clear()
+        return self._worths
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        worths = self.worths()
+        if worths is None:
+            return self._spared_victim(incoming, evictable)
+        if not self._shortlist:
+            self._late.clear()
+            self._shortlist.extend(self._least(worths, self._length))
+        while self._shortlist and not self._is_member[self._shortlist[0]]:
+            self._shortlist.popleft()
+        for key in self._shortlist:
+            if key not in self._late and self._is_member[key] and evictable(key):
+                return key
+        # Most that were ranked are pinned or gone: all are ranked anew, late ones with them.
+        self._late.clear()
+        everyone = self._least(worths, int(np.count_nonzero(self._is_member)))
+        self._shortlist = deque(everyone)
+        return next(filter(evictable, everyone), None)
+
+    def _spared_victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        if self._step not in self._tables:
+            return super().victim(incoming, evictable)
+        table, _ = self._tables[self._step]
+        split = self._layer_idx
+
+        def goes(key: ExpertKey) -> bool:
+            is_ahead = key.layer_idx > split and table[key] >= SPARED
+            return not is_ahead and evictable(key)
+
+        return super().victim(incoming, goes) or super().victim(incoming, evictable)
+
+    def _is_foreseen(self) -> bool:
+        split = self._layer_idx + 1
+        _, is_known = self._tables.get(self._step, self._blank)
+        _, is_known_after = self._tables.get(self._step + 1, self._blank)
+        return bool(is_known[split:].all() and is_known_after[:split].all())
+
+    def _least(self, worths: np.ndarray, count: int) -> list[ExpertKey]:
+        """The `count` members of least worth, ascending."""
+        members = np.flatnonzero(self._is_member)
+        values = worths.reshape(-1)[members]
+        if count < len(members):
+            least = np.argpartition(values, count)[:count]
+            members, values = members[least], values[least]
+        layers, experts = np.divmod(members[values.argsort(kind="stable")], self._shape.num_experts)
+        return [ExpertKey(*pair) for pair in zip(layers.tolist(), experts.tolist(), strict=True)]
+
+    def _compute(self) -> np.ndarray:
+        discount, split = self._discount, self._layer_idx + 1
+        rates = self._uses.rates()
+        # Of a use at rate q in each token from the next on: sum of discount^t q (1 - q)^(t - 1).
+        beyond = discount * rates / (1.0 - discount * (1.0 - rates))
+        first = self._mixed(self._step, split, otherwise=self._uses.next_rates(rates))
+        second = self._mixed(self._step + 1, split, otherwise=rates)
+        worth = second + (1.0 - second) * beyond
+        worth *= discount
+        worth *= 1.0 - first
+        worth += first
+        # Layers come round in order: the next one soonest, this one in a whole token.
+        worth *= (discount ** np.roll(self._lags, split))[:, None]
+        return worth
+
+    def _mixed(self, step: int, split: int, *, otherwise: np.ndarray) -> np.ndarray:
+        """Rows from `split` on as forecast for `step`, those before it for the step after."""
+        mixed = otherwise.copy()
+        for one, rows in ((step + 1, slice(0, split)), (step, slice(split, None))):
+            table, is_known = self._tables.get(one, self._blank)
+            np.copyto(mixed[rows], table[rows], where=is_known[rows])
+        return mixed
+
+
+class BeladyEviction(LookBack):
+    """The expert whose next use is farthest leaves: the bound for one cache over all layers.
+
+    `future` lists every use in the order in which `touch` will be told them. For replay only.
+    ValueError for a use that was not foretold. O(log n) a use, amortised.
+    """
+
+    def __init__(self, shape: ModelShape, num_slots: int, *, future: Iterable[ExpertKey]) -> None:
+        self._next: dict[ExpertKey, deque[int]] = {}
+        for moment, key in enumerate(future):
+            self._next.setdefault(key, deque()).append(moment)
+        self._end = sum(map(len, self._next.values()))
+        self._members: set[ExpertKey] = set()
+        self._heap: list[tuple[int, ExpertKey]] = []
+
+    def admit(self, key: ExpertKey) -> None:
+        self._members.add(key)
+        heapq.heappush(self._heap, (-self._next_use(key), key))
+
+    def touch(self, key: ExpertKey) -> None:
+        uses = self._next.get(key)
+        if not uses:
+            raise ValueError(f"a use of {key} that the future given to belady does not hold")
+        uses.popleft()
+        if key in self._members:
+            heapq.heappush(self._heap, (-self._next_use(key), key))
+
+    def discard(self, key: ExpertKey) -> None:
+        self._members.discard(key)
+
+    def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
+        passed: list[tuple[int, ExpertKey]] = []
+        found = None
+        while self._heap and found is None:
+            entry = heapq.heappop(self._heap)
+            moment, key = entry
+            # An entry whose moment has passed, or whose key has left, is not put back.
+            if key in self._members and -moment == self._next_use(key) and entry not in passed[-1:]:
+                passed.append(entry)
+                if evictable(key):
+                    found = key
+        for entry in passed:
+            heapq.heappush(self._heap, entry)
+        return found
+
+    def _next_use(self, key: ExpertKey) -> int:
+        uses = self._next.get(key)
+        return uses[0] if uses else self._end
