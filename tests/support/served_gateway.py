@@ -1,5 +1,7 @@
 """A real uvicorn on loopback, in a thread of the test's process, in front of a scripted client."""
 
+import contextlib
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -66,3 +68,15 @@ def eventually(is_so: Callable[[], bool]) -> bool:
             return True
         time.sleep(0.01)
     return False
+
+
+def exchange(port: int, request: bytes) -> tuple[int, bytes]:
+    """Send bytes as they are; the status and all that comes until the gateway closes."""
+    reply = b""
+    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+        connection.sendall(request)
+        # A gateway that closes with bytes unread resets the connection, after its answer.
+        with contextlib.suppress(ConnectionResetError):
+            while part := connection.recv(65536):
+                reply += part
+    return int(reply.split(b" ")[1]), reply
