@@ -38,10 +38,15 @@ def run_gateway(
     keys: ApiKeys | None = None,
     settings: Settings | None = None,
     shutdown_timeout_s: float = 30.0,
+    max_age_s: float = 0.0,
 ) -> Iterator[Gateway]:
-    """A gateway for as long as the block lasts; its end is orderly, or the test fails."""
+    """A gateway for as long as the block lasts; its end is orderly, or the test fails.
+
+    By default it asks its server anew each time, so that no test waits for an answer to grow old.
+    """
     upstream = upstream or ScriptedClient()
-    app = make_app(Upstream(upstream), keys=keys, settings=settings)
+    server_side = Upstream(upstream, ready_max_age_s=max_age_s, stats_max_age_s=max_age_s)
+    app = make_app(server_side, keys=keys, settings=settings)
     listening = bind("127.0.0.1", 0, write_timeout_s=30.0)
     is_started = threading.Event()
     server = http_server(app, shutdown_timeout_s=shutdown_timeout_s, on_started=is_started.set)

@@ -50,18 +50,24 @@ class EngineClient(Protocol):
 class Upstream:
     """One server as the endpoints see it. Every method raises Refusal and nothing else."""
 
-    def __init__(self, client: EngineClient) -> None:
+    def __init__(
+        self,
+        client: EngineClient,
+        *,
+        ready_max_age_s: float = READY_MAX_AGE_S,
+        stats_max_age_s: float = STATS_MAX_AGE_S,
+    ) -> None:
         self.since = int(time.time())
         self._client = client
-        self._ready = _Remembered(client.ready, max_age_s=READY_MAX_AGE_S)
-        self._stats = _Remembered(client.stats, max_age_s=STATS_MAX_AGE_S)
+        self._ready = _Remembered(client.ready, max_age_s=ready_max_age_s)
+        self._stats = _Remembered(client.stats, max_age_s=stats_max_age_s)
 
     async def ready(self) -> Ready:
-        """What is served; up to 5 s old."""
+        """What is served; at most `ready_max_age_s` old."""
         return await self._ready.get()
 
     async def stats(self) -> Stats:
-        """What the server has counted; up to half a second old."""
+        """What the server has counted; at most `stats_max_age_s` old."""
         return await self._stats.get()
 
     async def generate(self, request: GenerationRequest) -> AsyncGenerator[Chunk | Done, None]:
@@ -94,7 +100,7 @@ class _Remembered(Generic[T]):
 
     async def get(self) -> T:
         """The answer, fetched if there is none young enough."""
-        if self._kept is not None and time.monotonic() - self._kept[0] <= self._max_age_s:
+        if self._kept is not None and time.monotonic() - self._kept[0] < self._max_age_s:
             return self._kept[1]
         if self._pending is None:
             self._pending = asyncio.ensure_future(self._refresh())
