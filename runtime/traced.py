@@ -92,6 +92,7 @@ def open_traced(
     loaded = load_model(
         folder, dtype=dtype, device=device, progress=_told(progress, "loading dense weights")
     )
+    adapter.use_fused_attention(loaded.model)
     if load_in_4bit or device.type != "cpu":
         return _resident(loaded, name, load_in_4bit=load_in_4bit, progress=progress)
     return _cached(loaded, name, config, store=store, progress=progress)

@@ -27,7 +27,7 @@ TRACES, BATCH_SIZE, ROUNDS = 480, 16, 3
 )
 def test_2500_traces_a_minute_at_most_a_tenth_slower_than_bare_passes(tmp_path, capsys):
     """Bare passes and collection alternate, so that both see the same machine."""
-    with open_traced(None, EngineConfig(dtype="fp32")) as traced:
+    with open_traced(None, EngineConfig()) as traced:
         corpora = open_corpora(["speeches", "code"])
         samples = choose_samples(
             corpora, traced.tokenizer, traces=TRACES, context_tokens=64, seed=0
@@ -81,7 +81,7 @@ def test_2500_traces_a_minute_at_most_a_tenth_slower_than_bare_passes(tmp_path, 
     not (resolve_folder(None) / "model.safetensors").exists(), reason="no built-in model yet"
 )
 def test_traces_without_log_probabilities_stay_below_250_megabytes(tmp_path):
-    with open_traced(None, EngineConfig(dtype="fp32")) as traced:
+    with open_traced(None, EngineConfig()) as traced:
         report = collect(
             traced.model,
             traced.tokenizer,
