@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ..predictors.base import Predictor
+from . import admission
 from .config import EngineConfig
 from .detokenizer import Detokenizer
 from .errors import OutriderError, UsageError
@@ -26,24 +27,32 @@ from .prompt import Prompt, encode, is_one, request_of
 from .request import GenerationRequest, SamplingParams
 from .runner import ModelRunner
 from .sampler import Sampler
-from .scheduler import ScheduledBatch, ScheduledSpan, Scheduler
+from .scheduler import BatchLimits, ScheduledBatch, ScheduledSpan, Scheduler
 from .sequence import Sequence
-from .stats import ExpertUsage, GenerationStats, GenerationTimings, StepStats
+from .stats import ExpertTraffic, ExpertUsage, GenerationStats, GenerationTimings, StepStats
 from .tier import ExpertTier, build_tier, expert_source
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_NUM_SEQS = 8
-MAX_NUM_BATCHED_TOKENS = 2048
 Progress = Callable[[str, int, int], None]
 
 
 class Engine:
-    """A loaded model that generates. Not thread-safe: one thread calls it; calls block."""
+    """A loaded model that generates. Not thread-safe: one thread calls it; calls block.
+
+    `traffic` and `stall_s` are totals over all passes, `num_failures` counts the passes in a row
+    that failed.
+    """
 
     def __init__(
-        self, loaded: LoadedModel, tier: ExpertTier, *, config: EngineConfig, tokenizer: Any
+        self,
+        loaded: LoadedModel,
+        tier: ExpertTier,
+        *,
+        config: EngineConfig,
+        tokenizer: Any,
+        limits: BatchLimits | None = None,
     ) -> None:
         self.loaded = loaded
         self.tier = tier
@@ -53,10 +62,12 @@ class Engine:
         self.vocab_size: int = loaded.config.vocab_size
         # Without a limit in the configuration only memory bounds a text.
         self.max_length = adapter.context_length(loaded.config) or sys.maxsize
-        self._runner = ModelRunner(loaded, tier.executor)
-        self._scheduler: Scheduler[Sequence] = Scheduler(
-            max_num_seqs=MAX_NUM_SEQS, max_num_batched_tokens=MAX_NUM_BATCHED_TOKENS
-        )
+        self._runner = ModelRunner(loaded, tier.executor, num_threads=config.num_threads)
+        self.limits = admission.settled(limits or BatchLimits(), loaded)
+        self.traffic = ExpertTraffic()
+        self.stall_s = 0.0
+        self.num_failures = 0
+        self._scheduler: Scheduler[Sequence] = Scheduler(self.limits)
         self._is_closed = False
 
     @classmethod
@@ -84,9 +95,13 @@ class Engine:
         *,
         model: str | Path | None = None,
         store: Path | None = None,
+        limits: BatchLimits | None = None,
         progress: Progress | None = None,
     ) -> Self:
-        """As `from_pretrained`, for a configuration that is made already."""
+        """As `from_pretrained`, for a configuration that is made already.
+
+        `limits` left out are the defaults, with the KV cache bounded by the memory left over.
+        """
         began = time.perf_counter()
         _refuse_unavailable(config)
         if config.num_threads is not None:
@@ -104,9 +119,8 @@ class Engine:
         )
         tokenizer = load_tokenizer(folder)
         source = expert_source(loaded, config.format, store=store, progress=told("packing experts"))
-        engine = cls(
-            loaded, build_tier(loaded, config, source=source), config=config, tokenizer=tokenizer
-        )
+        tier = build_tier(loaded, config, source=source)
+        engine = cls(loaded, tier, config=config, tokenizer=tokenizer, limits=limits)
         engine.load_s = time.perf_counter() - began
         return engine
 
@@ -122,7 +136,7 @@ class Engine:
         sequences = [self._sequence(prompt, params) for prompt in many]
         try:
             for sequence in sequences:
-                self._scheduler.add(sequence)
+                self._add(sequence)
             while not all(sequence.is_finished for sequence in sequences):
                 self.step()
         finally:
@@ -143,7 +157,7 @@ class Engine:
         return self._stream(sequence)
 
     def _stream(self, sequence: Sequence) -> Generator[GenerationChunk, None, GenerationResult]:
-        self._scheduler.add(sequence)
+        self._add(sequence)
         try:
             num_tokens = num_chars = 0
             while not sequence.is_finished or num_tokens < len(sequence.token_ids):
@@ -162,13 +176,50 @@ class Engine:
             self._drop([sequence])
         return GenerationResult.of(sequence)
 
-    def submit(self, request: GenerationRequest) -> Sequence:
-        """Queue a request for `step` to run. Raises UsageError if it can never run."""
-        kinds = (request.prompt, request.messages, request.prompt_token_ids)
-        prompt: Any = next(kind for kind in kinds if kind is not None)
-        sequence = self._sequence(prompt, request)
-        self._scheduler.add(sequence)
+    def submit(
+        self,
+        request: GenerationRequest,
+        *,
+        owner: str = "",
+        prompt_token_ids: list[int] | None = None,
+    ) -> Sequence:
+        """Queue a request for `step` to run; places in the batch are shared fairly among owners.
+
+        `prompt_token_ids` are the ids of its prompt where they are known already. Raises UsageError
+        if it can never run.
+        """
+        sequence = self._sequence_of(request, prompt_token_ids)
+        self._add(sequence, owner=owner)
         return sequence
+
+    def cancel(self, sequence: Sequence, reason: str = "cancelled") -> None:
+        """End a sequence between two steps and give its memory back; nothing if it has ended."""
+        if not sequence.is_finished:
+            sequence.cancel(reason)
+        self._scheduler.forget_finished()
+
+    def pause(self, sequence: Sequence) -> None:
+        """Run nothing of a sequence until `resume`; it keeps its memory, but no place."""
+        self._scheduler.pause(sequence)
+
+    def resume(self, sequence: Sequence) -> None:
+        """Let a paused sequence run again."""
+        self._scheduler.resume(sequence)
+
+    @property
+    def num_running(self) -> int:
+        """Sequences under way, paused ones among them."""
+        return self._scheduler.num_running + self._scheduler.num_paused
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences that wait for a place or for memory."""
+        return self._scheduler.num_waiting
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` would find something to run, or to wait for."""
+        return self._scheduler.num_running + self._scheduler.num_waiting > 0
 
     def step(self) -> dict[Sequence, str]:
         """One pass over what is queued: the text that each sequence gained. Empty if idle.
@@ -184,10 +235,14 @@ class Engine:
         try:
             output = self._runner.run(batch)
         except OutriderError as error:
+            self.num_failures += 1
             for span in batch.spans:
                 span.sequence.error = error
                 span.sequence.cancel("error")
             return {span.sequence: "" for span in batch.spans}
+        self.num_failures = 0
+        self.traffic.add(output.traffic)
+        self.stall_s += output.stall_s
         for span in batch.spans:
             phase = "prefill" if span.sequence in prefilling else "decode"
             span.sequence.stats.record(
@@ -267,10 +322,23 @@ class Engine:
             return None
         return predictor
 
+    def _add(self, sequence: Sequence, *, owner: str = "") -> None:
+        num_kv_tokens = admission.reserved_tokens(
+            len(sequence.prompt_token_ids), sequence.params.max_tokens, limits=self.limits
+        )
+        self._scheduler.add(sequence, owner=owner, num_kv_tokens=num_kv_tokens)
+
     def _sequence(self, prompt: Any, params: SamplingParams) -> Sequence:
+        return self._sequence_of(request_of(prompt, params), None)
+
+    def _sequence_of(
+        self, request: GenerationRequest, prompt_token_ids: list[int] | None
+    ) -> Sequence:
         self._refuse_closed()
-        request = request_of(prompt, params)
-        token_ids = encode(self.tokenizer, request)
+        params = request
+        token_ids = prompt_token_ids
+        if token_ids is None:
+            token_ids = encode(self.tokenizer, request)
         request.validate_against(self.vocab_size, self.max_length, prompt_token_ids=token_ids)
         sampler = Sampler(params, vocab_size=self.vocab_size, device=self.loaded.device)
         shape, slots = self.loaded.shape, self.tier.num_slots

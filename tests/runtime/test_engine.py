@@ -399,7 +399,7 @@ def test_a_file_replaced_while_running_goes_unnoticed(models, tmp_path):
 
 def test_a_failed_read_ends_those_of_its_pass_and_no_others(engine, expected, monkeypatch):
     # Two wait behind a full batch: they run after the failure as if nothing had been.
-    engine._scheduler._max_num_seqs = 2
+    engine._scheduler.limits = replace(engine._scheduler.limits, max_num_seqs=2)
     submit, failures = engine.tier.transfers.submit, []
 
     def failing(key, slot, kind):

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from outrider.runtime.scheduler import Scheduler
+from outrider.runtime.scheduler import BatchLimits, Scheduler, deal, saturating_tokens
 
 
 @dataclass(eq=False)
@@ -63,7 +63,7 @@ def steps_of(scheduler, *, limit: int = 5000):
 @given(jobs=jobs, limits=limits)
 def test_every_job_runs_all_its_tokens_once_and_ends(jobs, limits):
     num_seqs, num_tokens = limits
-    scheduler = Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    scheduler = Scheduler(BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
     for job in jobs:
         scheduler.add(job)
     for batch in steps_of(scheduler):
@@ -78,7 +78,7 @@ def test_every_job_runs_all_its_tokens_once_and_ends(jobs, limits):
 @given(jobs=jobs, limits=limits)
 def test_a_pass_keeps_both_limits_and_its_rows_join_without_gaps(jobs, limits):
     num_seqs, num_tokens = limits
-    scheduler = Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    scheduler = Scheduler(BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
     for job in jobs:
         scheduler.add(job)
     for batch in steps_of(scheduler):
@@ -97,7 +97,7 @@ def test_a_pass_keeps_both_limits_and_its_rows_join_without_gaps(jobs, limits):
 def test_whoever_decodes_runs_in_every_pass(jobs, limits):
     # A long prompt beside running streams must not make them skip a token.
     num_seqs, num_tokens = limits
-    scheduler = Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    scheduler = Scheduler(BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
     for job in jobs:
         scheduler.add(job)
     for batch in steps_of(scheduler):
@@ -110,7 +110,7 @@ def test_whoever_decodes_runs_in_every_pass(jobs, limits):
 @given(jobs=jobs, limits=limits)
 def test_first_come_is_first_served(jobs, limits):
     num_seqs, num_tokens = limits
-    scheduler = Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    scheduler = Scheduler(BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
     for job in jobs:
         scheduler.add(job)
     begun: list[int] = []
@@ -134,7 +134,7 @@ def test_first_come_is_first_served(jobs, limits):
 )
 def test_cancelled_jobs_never_run_again_and_late_ones_are_served(jobs, limits, cancels, late):
     num_seqs, num_tokens = limits
-    scheduler = Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+    scheduler = Scheduler(BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens))
     arrivals = {index: late[index] if index < len(late) else 0 for index in range(len(jobs))}
     for step in range(5000):
         for index, at in arrivals.items():
@@ -166,10 +166,155 @@ def test_cancelled_jobs_never_run_again_and_late_ones_are_served(jobs, limits, c
 )
 def test_limits_under_which_somebody_could_starve_are_refused(num_seqs, num_tokens):
     with pytest.raises(ValueError, match="at least one sequence is needed"):
-        Scheduler(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
+        BatchLimits(max_num_seqs=num_seqs, max_num_batched_tokens=num_tokens)
 
 
 def test_an_idle_scheduler_plans_nothing():
-    batch = Scheduler(max_num_seqs=1, max_num_batched_tokens=1).schedule()
+    batch = Scheduler(BatchLimits(max_num_seqs=1, max_num_batched_tokens=1)).schedule()
     assert batch.spans == ()
     assert batch.num_tokens == 0
+
+
+owners = st.lists(st.sampled_from("abc"), min_size=8, max_size=8)
+
+
+@given(jobs=jobs, limits=limits, owners=owners, piece=st.integers(1, 12), rest=st.integers(0, 5))
+def test_with_owners_and_pieces_everybody_still_gets_every_token(jobs, limits, owners, piece, rest):
+    num_seqs, num_tokens = limits
+    scheduler = Scheduler(
+        BatchLimits(
+            max_num_seqs=num_seqs,
+            max_num_batched_tokens=num_tokens,
+            max_prefill_tokens=piece,
+            min_piece_tokens=rest,
+        )
+    )
+    for job, owner in zip(jobs, owners, strict=False):
+        scheduler.add(job, owner=owner)
+    for batch in steps_of(scheduler):
+        decoding = [job for job in jobs if job.ran and not job.is_prefill and not job.is_finished]
+        prompt_tokens = sum(span.num_tokens for span in batch.spans if span.sequence.is_prefill)
+        assert batch.num_tokens <= num_tokens
+        if decoding:
+            # Each prompt may bring one rest on top of the piece.
+            num_prompts = sum(span.sequence.is_prefill for span in batch.spans)
+            assert prompt_tokens <= piece + rest * num_prompts
+        run(scheduler, batch)
+    for job in jobs:
+        assert job.ran == list(range(job.num_prompt + job.num_answer - 1))
+
+
+def test_a_crowd_of_one_owner_leaves_the_next_place_to_another():
+    scheduler = Scheduler(BatchLimits(max_num_seqs=2, max_num_batched_tokens=64))
+    crowd = [Job(1, 2) for _ in range(10)]
+    for job in crowd:
+        scheduler.add(job, owner="crowd")
+    late = Job(1, 2)
+    scheduler.add(late, owner="late")
+    run(scheduler, scheduler.schedule())
+    assert (bool(crowd[0].ran), bool(late.ran), bool(crowd[1].ran)) == (True, True, False)
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one_of_another_owner():
+    scheduler = Scheduler(BatchLimits(max_num_seqs=4, max_num_batched_tokens=16))
+    long, short = Job(1000, 1), Job(8, 1)
+    scheduler.add(long, owner="a")
+    run(scheduler, scheduler.schedule())
+    scheduler.add(short, owner="b")
+    run(scheduler, scheduler.schedule())
+    assert short.is_finished
+    assert len(long.ran) == 24
+
+
+def test_a_short_rest_runs_with_the_piece_before_it():
+    limits = BatchLimits(
+        max_num_seqs=2, max_num_batched_tokens=64, max_prefill_tokens=8, min_piece_tokens=3
+    )
+    scheduler = Scheduler(limits)
+    stream, prompt = Job(1, 9), Job(19, 1)
+    scheduler.add(stream)
+    run(scheduler, scheduler.schedule())
+    scheduler.add(prompt)
+    pieces = []
+    while not prompt.is_finished:
+        before = len(prompt.ran)
+        run(scheduler, scheduler.schedule())
+        pieces.append(len(prompt.ran) - before)
+    assert pieces == [8, 11]
+
+
+@given(
+    jobs=jobs,
+    sizes=st.lists(st.integers(0, 10), min_size=8, max_size=8),
+    owners=owners,
+    room=st.integers(10, 25),
+)
+def test_memory_for_keys_is_never_promised_twice_and_nobody_starves(jobs, sizes, owners, room):
+    scheduler = Scheduler(BatchLimits(max_num_seqs=8, max_kv_tokens=room))
+    size_of = {id(job): size for job, size in zip(jobs, sizes, strict=False)}
+    for job, owner in zip(jobs, owners, strict=False):
+        scheduler.add(job, owner=owner, num_kv_tokens=size_of[id(job)])
+    for batch in steps_of(scheduler):
+        under_way = [job for job in jobs if job.ran and not job.is_finished]
+        running = {id(job) for job in under_way} | {id(span.sequence) for span in batch.spans}
+        assert sum(size_of[one] for one in running) <= room
+        run(scheduler, batch)
+    assert all(job.is_finished for job in jobs)
+
+
+def test_what_can_never_fit_is_refused():
+    scheduler = Scheduler(BatchLimits(max_kv_tokens=10))
+    with pytest.raises(ValueError, match="11 tokens in a KV cache of 10"):
+        scheduler.add(Job(1, 1), num_kv_tokens=11)
+    assert scheduler.num_waiting == 0
+
+
+def test_a_paused_job_leaves_its_place_but_keeps_its_memory():
+    scheduler = Scheduler(BatchLimits(max_num_seqs=1, max_num_batched_tokens=8, max_kv_tokens=10))
+    first, small, large = Job(1, 3), Job(1, 1), Job(1, 1)
+    scheduler.add(first, num_kv_tokens=6)
+    run(scheduler, scheduler.schedule())
+    scheduler.pause(first)
+    scheduler.add(small, num_kv_tokens=4)
+    scheduler.add(large, num_kv_tokens=5)
+    run(scheduler, scheduler.schedule())
+    assert (len(first.ran), small.is_finished) == (1, True)
+    assert scheduler.schedule().spans == ()  # large does not fit beside what first holds
+    assert (scheduler.num_paused, scheduler.num_waiting, scheduler.num_kv_tokens) == (1, 1, 6)
+    scheduler.resume(first)
+    for _ in range(2):
+        batch = scheduler.schedule()
+        assert [span.sequence for span in batch.spans] == [first]
+        run(scheduler, batch)
+    assert [span.sequence for span in scheduler.schedule().spans] == [large]
+
+
+def test_a_cancelled_paused_job_gives_its_memory_back():
+    scheduler = Scheduler(BatchLimits(max_kv_tokens=10))
+    job = Job(1, 3)
+    scheduler.add(job, num_kv_tokens=10)
+    run(scheduler, scheduler.schedule())
+    scheduler.pause(job)
+    job.is_cancelled = True
+    scheduler.forget_finished()
+    assert (scheduler.num_paused, scheduler.num_kv_tokens) == (0, 0)
+    assert list(scheduler.sequences()) == []
+
+
+@given(wanted=st.lists(st.integers(0, 50), max_size=6), room=st.integers(0, 120))
+def test_shares_use_all_room_and_differ_only_for_who_wants_less(wanted, room):
+    shares = deal(wanted, room)
+    assert sum(shares) == min(room, sum(wanted))
+    assert all(0 <= share <= want for share, want in zip(shares, wanted, strict=True))
+    unserved = [share for share, want in zip(shares, wanted, strict=True) if share < want]
+    if unserved:
+        # Whoever got less than wanted got as much as anybody, to one token.
+        assert min(unserved) >= max(shares) - 1
+
+
+@pytest.mark.parametrize(("num_experts", "top_k"), [(64, 6), (128, 8), (8, 2), (60, 4)])
+def test_a_saturating_piece_uses_most_experts_and_a_token_less_does_not(num_experts, top_k):
+    num_tokens = saturating_tokens(num_experts, top_k)
+    unused = (1 - top_k / num_experts) ** num_tokens
+    assert unused <= 0.05 < unused / (1 - top_k / num_experts)
+    assert saturating_tokens(4, 4) == 1

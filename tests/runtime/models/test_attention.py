@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from outrider.runtime.errors import UnsupportedModelError
 from outrider.runtime.models.attention import NoOtherState, RaggedAttention, SequenceKv, Span
 from outrider.runtime.request import SamplingParams
-from outrider.runtime.scheduler import Scheduler
+from outrider.runtime.scheduler import BatchLimits, Scheduler
 
 GREEDY = SamplingParams(max_tokens=5, temperature=0.0)
 
@@ -186,7 +186,9 @@ PROMPTS = [prompt_of(n, seed=n) for n in (1, 2, 9, 23)]
 def test_prompts_side_by_side_get_what_each_gets_alone(models, family, max_num_batched_tokens):
     with models.engine(family, num_slots=7) as engine:
         alone = [engines.generate(engine, [prompt], max_tokens=5) for prompt in PROMPTS]
-        engine._scheduler = Scheduler(max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens)
+        engine._scheduler = Scheduler(
+            BatchLimits(max_num_seqs=4, max_num_batched_tokens=max_num_batched_tokens)
+        )
         together = engines.generate(engine, PROMPTS, max_tokens=5)
     assert together.token_ids == [one.token_ids[0] for one in alone]
     assert len({len(PROMPTS[0]), *map(len, together.token_ids)}) > 1
