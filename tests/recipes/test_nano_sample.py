@@ -40,6 +40,14 @@ def test_a_written_sample_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return found
 
     monkeypatch.setattr(corpus, "documents", documents)
+    stdlib = tmp_path / "stdlib"
+    for licence in (
+        tmp_path / "chitchat_dataset-0.9.0.dist-info" / "LICENSE",
+        stdlib / "LICENSE.txt",
+    ):
+        licence.parent.mkdir()
+        licence.write_text(f"the words of {licence.parent.name}")
+    monkeypatch.setattr(sample.sysconfig, "get_paths", lambda: {"stdlib": str(stdlib)})
     sample.write(tmp_path, tmp_path / "sample")
     back = list(offline.sample(tmp_path / "sample"))
     assert {domain: sorted(d.text for d in back if d.domain == domain) for domain in texts} == {
@@ -47,3 +55,6 @@ def test_a_written_sample_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyP
     }
     licences = (tmp_path / "sample" / "LICENSES.md").read_text()
     assert all(f"{domain}.jsonl.xz" in licences for domain in texts)
+    for name in ("chitchat-dataset.LICENSE.txt", "python.LICENSE.txt"):
+        assert name in licences
+        assert (tmp_path / "sample" / name).read_text().startswith("the words of")
