@@ -1,13 +1,9 @@
 """Which checkpoint a store was made from: by content (fingerprint) and by sign (size and mtime)."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
-
-from ..errors import InvalidDataError
 
 
 class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -21,7 +17,7 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SourceIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which checkpoint a store was made from.
 
-    `fingerprint` (see `fingerprint`) names the contents and costs a read of the whole checkpoint;
+    `fingerprint` (see `models.checkpoint`) names the contents and costs a read of the whole checkpoint;
     `folder` and `files` are the cheap sign, at start-up, that the contents are still the same.
     """
 
@@ -57,21 +53,3 @@ class SourceIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             if (status.st_size, status.st_mtime_ns) != (file.nbytes, file.mtime_ns):
                 changed.append(file.name)
         return changed
-
-
-def fingerprint(config_json: bytes, tensor_checksums: Mapping[str, int]) -> str:
-    """Sha256, in hex, over a checkpoint's config and the xxh3_64 of each of its tensors.
-
-    Spelling does not count: config is read as JSON, and both are hashed with sorted keys. Raises
-    InvalidDataError where the config is not a JSON object.
-    """
-    try:
-        config = json.loads(config_json)
-    except ValueError as error:
-        raise InvalidDataError(f"config.json is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InvalidDataError(f"config.json holds a {type(config).__name__}, not an object")
-    tensors = {name: f"{checksum:016x}" for name, checksum in tensor_checksums.items()}
-    document = {"config": config, "tensors": tensors}
-    canonical = json.dumps(document, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(canonical.encode()).hexdigest()
