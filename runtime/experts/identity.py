@@ -17,8 +17,8 @@ class SourceFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SourceIdentity(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which checkpoint a store was made from.
 
-    `fingerprint` (see `models.checkpoint`) names the contents and costs a read of the whole checkpoint;
-    `folder` and `files` are the cheap sign, at start-up, that the contents are still the same.
+    `fingerprint` (`models.checkpoint.fingerprint`) names the contents and costs a read of the whole
+    checkpoint; `folder` and `files` are the cheap sign, at start-up, that they are still the same.
     """
 
     fingerprint: str
