@@ -149,11 +149,16 @@ class Examples:
         np.put_along_axis(used, ids, True, axis=2)
         return used
 
+    def cells(self, rows: np.ndarray) -> np.ndarray:
+        """[N, L * k] int64: the experts the tokens of `rows` used, numbered over all layers."""
+        shape = self.shape
+        layers = np.arange(shape.num_moe_layers)[:, None] * shape.num_experts
+        return (self.topk_ids[rows].astype(np.int64) + layers).reshape(len(rows), -1)
+
     def frequencies(self) -> np.ndarray:
         """[L, E] float32: the share of tokens that used each expert."""
         shape = self.shape
-        layers = np.arange(shape.num_moe_layers)[:, None] * shape.num_experts
-        cells = self.topk_ids.astype(np.int64) + layers
+        cells = self.cells(np.arange(len(self)))
         counts = np.bincount(cells.ravel(), minlength=shape.num_routed_experts)
         return (counts.reshape(shape.num_moe_layers, -1) / max(len(self), 1)).astype(np.float32)
 
