@@ -6,6 +6,7 @@ only. Prediction decides what is read ahead and nothing else.
 
 import logging
 import operator
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -31,8 +32,8 @@ logger = logging.getLogger(__name__)
 class Observer:
     """Rows [start, end) of a pass belong to the sequence that `predictor` follows.
 
-    `step` is that sequence's own count of passes, by which its predictor stamps forecasts;
-    `token_id` the token it decodes now, None in a prefill.
+    `step` is that sequence's own count of passes; `token_id` the token it decodes now, None in a
+    prefill.
     """
 
     predictor: Predictor
@@ -69,6 +70,8 @@ class ExpertExecutor:
         self._failed: list[Predictor] = []
         self._has_failed = False
         self._is_decode = False
+        self._is_asking = False
+        self._began_s = 0.0
 
     @property
     def is_degraded(self) -> bool:
@@ -91,11 +94,25 @@ class ExpertExecutor:
         self._stall_s = 0.0
         self._before = replace(self.cache.counters)
         decoding = [one for one in self._observers if one.token_id is not None]
-        # Stalls of prompts say nothing about those of single tokens, so only pure decode steps
+        # Durations of prompts say nothing about those of single tokens, so only pure decode steps
         # are shown to the prefetcher's controller.
         self._is_decode = bool(decoding) and len(decoding) == len(observers)
-        if self.prefetcher.reach:
-            self._offer([self._ask(one, "before_token", one.token_id, 1) for one in decoding])
+        self.prefetcher.begin_step(is_decode=self._is_decode)
+        self._is_asking = self.prefetcher.wants_forecasts
+        if self._is_decode and not self._is_asking:
+            self._observers = []  # what a prompt teaches, though, a predictor always sees
+        self._began_s = time.perf_counter()
+        self.cache.advance(step, -1)
+        if self._is_asking and self._observers:
+            for horizon in (1, 2) if decoding else ():
+                self._offer(
+                    [
+                        self._ask(one, "before_token", one.token_id, horizon)
+                        for one in decoding
+                        if one in self._observers
+                    ],
+                    step=step + horizon - 1,
+                )
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
 
@@ -113,7 +130,9 @@ class ExpertExecutor:
         """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
         if self._is_decode:
             self.prefetcher.end_step(
-                stall_s=self._stall_s, on_demand_bytes=self._traffic.bytes_on_demand
+                stall_s=self._stall_s,
+                on_demand_bytes=self._traffic.bytes_on_demand,
+                wall_s=time.perf_counter() - self._began_s,
             )
         now, before, traffic = self.cache.counters, self._before, self._traffic
         traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
@@ -138,6 +157,7 @@ class ExpertExecutor:
         `topk_ids` to the host is the one synchronisation of a layer on a device.
         """
         ids = topk_ids.cpu().numpy()  # [T, K]
+        self.cache.advance(self._step, layer_idx)
         rows = _rows_by_expert(ids)
         acquisition = Acquisition(
             [ExpertKey(layer_idx, expert_idx) for expert_idx in rows],
@@ -165,21 +185,17 @@ class ExpertExecutor:
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
 
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        if not self._observers:
-            return
-        if self.prefetcher.reach:  # turned down to nothing, prefetching should cost nothing
-            self._ask_all(layer_idx, hidden_states)
+        if self._is_asking and self._observers:
+            self._offer(
+                [
+                    self._ask(
+                        observer, "in_pass", layer_idx, hidden_states[observer.start : observer.end]
+                    )
+                    for observer in list(self._observers)
+                ],
+                step=self._step,
+            )
         self.prefetcher.advance(self._step, layer_idx)
-
-    def _ask_all(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
-        self._offer(
-            [
-                self._ask(
-                    observer, "in_pass", layer_idx, hidden_states[observer.start : observer.end]
-                )
-                for observer in list(self._observers)
-            ]
-        )
 
     def _observe(
         self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor
@@ -191,8 +207,10 @@ class ExpertExecutor:
                 observer, "observe", layer_idx, ids[rows], host_weights[rows], hidden_states[rows]
             )
 
-    def _offer(self, forecasts: Sequence[Forecast | None]) -> None:
-        for forecast in _union([one for one in forecasts if one is not None]):
+    def _offer(self, forecasts: Sequence[Forecast | None], *, step: int) -> None:
+        # Predictors count the steps in which they were asked; what they speak of is known here.
+        known = [replace(one, step=step) for one in forecasts if one is not None]
+        for forecast in _union(known):
             self.prefetcher.offer(forecast)
 
     def _ask(self, observer: Observer, method: str, *arguments: Any) -> Forecast | None:
@@ -203,7 +221,7 @@ class ExpertExecutor:
             if forecast is None:
                 return None
             forecast.check(self.shape)
-            step = operator.index(forecast.step) - observer.step + self._step
+            operator.index(forecast.step)
         except Exception as error:
             logger.warning(
                 "predictor %s failed in %s and is switched off: %s",
@@ -215,7 +233,7 @@ class ExpertExecutor:
             self._failed.append(observer.predictor)
             self._has_failed = True
             return None
-        return replace(forecast, step=step)
+        return forecast
 
 
 def _rows_by_expert(ids: np.ndarray) -> dict[int, np.ndarray]:

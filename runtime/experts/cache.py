@@ -179,6 +179,16 @@ class ExpertCache:
         """Execution stands at this layer of this step, -1 before the first; before its look-ups."""
         self._eviction.advance(step, layer_idx)
 
+    def victim_worth(self, incoming: ExpertKey) -> float:
+        """What a prefetch of `incoming` would evict now is worth: its chance of a use, discounted.
+
+        0 where a slot is free, none can be had, or the policy knows no worth.
+        """
+        if self._free or not self._eviction.wants_forecasts:
+            return 0.0
+        victim = self._eviction.victim(incoming, self._is_evictable)
+        return 0.0 if victim is None else self._eviction.worth(victim)
+
     def reserve(
         self, key: ExpertKey, kind: Kind, *, keep: Collection[ExpertKey] = frozenset()
     ) -> Slot | None:

@@ -1,86 +1,153 @@
-"""How far ahead prefetching may look, from what it brought: the controller behind `auto`.
+"""Whether looking ahead pays, by the clock: the controller behind `auto`.
 
-Sees counts and stalls only; knows neither forecasts nor experts.
+Sees the durations of steps only, so that whatever forecasts and reads ahead cost counts, the
+predictor's own time included. Knows neither forecasts nor experts.
 """
 
-from .cache import CacheCounters
+import math
+from collections import deque
+from collections.abc import Generator
+from dataclasses import dataclass
+from itertools import cycle
+from statistics import fmean, median, stdev
 
-WINDOW_STEPS = 16
+FIRST_STEPS = 4
+"""Steps before the first trial: what a cold cache takes says little."""
 
-FIRST_INTERVAL, MAX_INTERVAL = 4, 32
-"""Windows between two controls, which run without prefetching; doubled after each control."""
+ON_STEPS, OFF_STEPS = 6, 4
+"""Length of a window. Its first steps are not counted: of one with look-ahead two, in which reads
+get under way and the predictor sees what it missed; of one without it one."""
 
-FIRST_PAUSE, MAX_PAUSE = 2, 64
+MAX_PAIRS = 6
 
-MIN_GAIN = 0.03
-"""Share of the control's stall that must be saved: windows of one workload differ by as much."""
+UNKNOWN_SPREAD, MIN_SPREAD = 0.1, 0.02
+"""Standard deviation of the log ratio of two windows: before two pairs are known, and at least."""
 
-MIN_ENDED = 8
-POOR_PRECISION = 0.3
-GOOD_PRECISION = 0.5
+MIN_GAIN = 0.01
+
+FIRST_RUN, MAX_RUN = 32, 256
+"""Steps with look-ahead between two controls without it; doubled after each."""
+
+FIRST_PAUSE, MAX_PAUSE = 64, 4096
+"""Steps without look-ahead between two trials; doubled after each that failed."""
+
+MIN_STALL_SHARE = 0.02
+
+MAX_REMEMBERED = 64
 
 
-class ReachController:
-    """Quarters the reach after a poor window, doubles it after a good one, down to none at all.
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Medians over a window's counted steps, seconds."""
 
-    Poor: too few of the prefetches that ended were used, or compute did not stall less than in the
-    control windows. Precision alone does not tell: what is fetched by mistake may be used later by
-    chance. At 0 it pauses, twice as long each time, then tries a quarter of the reach. The first
-    window is never a control, since its cache is cold.
+    wall_s: float
+    stall_s: float
+
+    @property
+    def busy_s(self) -> float:
+        """What a step takes apart from waiting for experts."""
+        return max(0.0, self.wall_s - self.stall_s)
+
+
+# Yields (reach, steps) of the next window, is sent what it measured.
+Windows = Generator[tuple[int, int], Window, None]
+Trial = Generator[tuple[int, int], Window, bool]
+
+
+class GainController:
+    """Alternates short windows with and without look-ahead, and keeps what is faster.
+
+    `reach` is what holds now, 0 for none: then the predictor need not be asked at all;
+    `is_promising` until a trial fails, and again after one that does not. A trial
+    pairs windows, in both orders so that drift cancels, until the interval of their log ratio
+    leaves `MIN_GAIN`. Where it paid, look-ahead goes on, with ever rarer controls; where not, or
+    where there is too little stall to be worth what it costs, it rests, ever longer, and the next
+    trial looks less far ahead if it was the reads and not the forecasts that cost.
     """
 
-    def __init__(self, max_reach: int, counters: CacheCounters) -> None:
-        self.reach = max_reach
+    def __init__(self, max_reach: int) -> None:
+        self.reach = 0
+        self.is_promising = True
         self._max_reach = max_reach
-        self._counters = counters
-        self._level = max_reach
-        self._num_steps = 0
-        self._stall_s = 0.0
-        self._used = counters.prefetch_used
-        self._wasted = counters.prefetch_wasted
-        self._control_stall_s: float | None = None
-        self._interval = FIRST_INTERVAL
-        self._until_control = 1
-        self._pause = FIRST_PAUSE
-        self._until_retry = 0
+        self._overhead_s = 0.0
+        self._walls: deque[float] = deque(maxlen=MAX_REMEMBERED)
+        self._stalls: deque[float] = deque(maxlen=MAX_REMEMBERED)
+        self._run = self._course()
+        self._begin(next(self._run))
 
-    def end_step(self, stall_s: float) -> None:
-        """Count one decode step; a window's last one sets `reach` for the next window."""
-        self._num_steps += 1
-        self._stall_s += stall_s
-        if self._num_steps < WINDOW_STEPS:
-            return
-        stall_s, self._num_steps, self._stall_s = self._stall_s / WINDOW_STEPS, 0, 0.0
-        used = self._counters.prefetch_used - self._used
-        ended = used + self._counters.prefetch_wasted - self._wasted
-        self._used, self._wasted = self._counters.prefetch_used, self._counters.prefetch_wasted
-        if self.reach:
-            self._judge(stall_s, used / ended if ended >= MIN_ENDED else None)
-            self._until_control -= 1
-        else:
-            self._learn(stall_s)
-        self.reach = self._level if self._until_control else 0
+    def end_step(self, *, wall_s: float, stall_s: float) -> None:
+        """One decode step took `wall_s`, in `stall_s` of which compute waited for experts."""
+        self._num_left -= 1
+        if self._num_left < self._num_counted:
+            self._walls.append(wall_s)
+            self._stalls.append(stall_s)
+        if not self._num_left:
+            self._begin(self._run.send(Window(median(self._walls), median(self._stalls))))
 
-    def _judge(self, stall_s: float, precision: float | None) -> None:
-        pays = self._control_stall_s is None or stall_s <= self._control_stall_s * (1.0 - MIN_GAIN)
-        if not pays or (precision is not None and precision < POOR_PRECISION):
-            self._level //= 4
-            if not self._level:
-                self._until_retry = self._pause
-                self._pause = min(2 * self._pause, MAX_PAUSE)
-        elif precision is not None and precision > GOOD_PRECISION:
-            self._level = min(2 * self._level, self._max_reach)
-            self._pause = FIRST_PAUSE
+    def _begin(self, window: tuple[int, int]) -> None:
+        self.reach, self._num_left = window
+        self._num_counted = self._num_left - (2 if self.reach else 1)
+        self._walls.clear()
+        self._stalls.clear()
 
-    def _learn(self, stall_s: float) -> None:
-        """A window without prefetching: a control, or one of a pause."""
-        known = stall_s if self._control_stall_s is None else self._control_stall_s
-        self._control_stall_s = (known + stall_s) / 2.0
-        if self._until_retry:
-            self._until_retry -= 1
-            if not self._until_retry:
-                self._level = max(1, self._max_reach // 4)
-                self._interval = self._until_control = FIRST_INTERVAL
-        else:
-            self._until_control = self._interval
-            self._interval = min(2 * self._interval, MAX_INTERVAL)
+    def _course(self) -> Windows:
+        rest = yield 0, FIRST_STEPS
+        pause, reach = FIRST_PAUSE, self._max_reach
+        while True:
+            if not self._may_pay(rest):
+                rest = yield 0, FIRST_PAUSE
+                continue
+            if (yield from self._trial(reach)):
+                yield from self._exploit(reach)
+                pause, reach = FIRST_PAUSE, self._max_reach
+            else:
+                reach = reach // 4 or self._max_reach
+            rest = yield 0, pause
+            pause = min(2 * pause, MAX_PAUSE)
+
+    def _may_pay(self, rest: Window) -> bool:
+        return rest.stall_s > max(MIN_STALL_SHARE * rest.wall_s, self._overhead_s)
+
+    def _trial(self, reach: int) -> Trial:
+        logs: list[float] = []
+        for is_on_first in cycle((True, False)):
+            if is_on_first:
+                on = yield reach, ON_STEPS
+                off = yield 0, OFF_STEPS
+            else:
+                off = yield 0, OFF_STEPS
+                on = yield reach, ON_STEPS
+            logs.append(_log_ratio(off, on))
+            pays = _verdict(logs)
+            if pays is not None:
+                # Half of it: one trial may have been unlucky, and reads take time of the processor.
+                self.is_promising = pays
+                self._overhead_s = 0.0 if pays else (on.busy_s - off.busy_s) / 2.0
+                return pays
+        return False
+
+    def _exploit(self, reach: int) -> Windows:
+        logs: deque[float] = deque(maxlen=4)
+        num_steps = FIRST_RUN
+        while len(logs) < 2 or fmean(logs) > 0.0:
+            before = yield reach, num_steps
+            off = yield 0, OFF_STEPS
+            after = yield reach, ON_STEPS
+            logs.append((_log_ratio(off, before) + _log_ratio(off, after)) / 2.0)
+            num_steps = min(2 * num_steps, MAX_RUN)
+            if logs[-1] < -UNKNOWN_SPREAD:
+                return
+
+
+def _log_ratio(off: Window, on: Window) -> float:
+    """Above 0 where look-ahead is faster."""
+    return math.log(max(off.wall_s, 1e-9) / max(on.wall_s, 1e-9))
+
+
+def _verdict(logs: list[float]) -> bool | None:
+    """Whether look-ahead pays, None while that is open."""
+    spread = max(MIN_SPREAD, stdev(logs)) if len(logs) > 1 else UNKNOWN_SPREAD
+    mean, error = fmean(logs), spread / math.sqrt(len(logs))
+    if abs(mean - MIN_GAIN) > error or len(logs) == MAX_PAIRS:
+        return mean > MIN_GAIN
+    return None

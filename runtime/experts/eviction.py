@@ -68,6 +68,10 @@ class EvictionPolicy(Protocol):
         """Execution stands at this layer of this step; -1 is before the first."""
         ...
 
+    def worth(self, key: ExpertKey) -> float:
+        """Chance of a use of `key`, a later one counting less; 0 where nothing tells."""
+        ...
+
 
 class LookBack:
     """What a policy does with forecasts that it has no use for: nothing."""
@@ -79,6 +83,10 @@ class LookBack:
 
     def advance(self, step: int, layer_idx: int) -> None:
         """Ignored."""
+
+    def worth(self, key: ExpertKey) -> float:
+        """0: what was is no chance of what will be."""
+        return 0.0
 
 
 class Ranking(Protocol):

@@ -147,6 +147,11 @@ class ForecastEviction(LayerLfuEviction):
             self._shortlist.clear()
         return self._worths
 
+    def worth(self, key: ExpertKey) -> float:
+        """Of one expert; 0 where `worths` are not known."""
+        worths = self.worths()
+        return 0.0 if worths is None else float(worths[key])
+
     def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         worths = self.worths()
         if worths is None:

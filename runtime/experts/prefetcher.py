@@ -6,9 +6,7 @@ the transfer engine.
 
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 import numpy as np
@@ -17,7 +15,8 @@ from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
 from ..errors import TransferError, UsageError
 from .cache import ExpertCache, Kind
-from .controller import ReachController
+from .controller import GainController
+from .price import ReadPrice
 from .transfer import Transfer, TransferEngine
 
 logger = logging.getLogger(__name__)
@@ -25,22 +24,13 @@ logger = logging.getLogger(__name__)
 Mode = Literal["on", "off", "auto"]
 MODES: tuple[Mode, ...] = ("on", "off", "auto")
 
-MIN_PROBABILITY = 0.3
-"""Below this a prefetch is more likely to cost a useful slot than to save a stall."""
-
 MAX_FAILURES = 3
 """Failed prefetches in a row after which no more are issued: misses still load on demand."""
 
 SMOOTHING = 0.2
 
-
-@dataclass(slots=True)
-class _Moment:
-    """What the newest forecast says of one layer at one step."""
-
-    wanted: list[ExpertKey]
-    # Likeliest first by tenths, the sooner needed of equals first: (-tenths, moment, key).
-    missing: list[tuple[float, int, ExpertKey]]
+# (0 for this token or 1 for the next, -tenths of probability, moment, probability, key)
+_Candidate = tuple[int, float, int, float, ExpertKey]
 
 
 class Prefetcher:
@@ -48,10 +38,14 @@ class Prefetcher:
     but in `close`.
 
     `nbytes` is what one expert takes from the link. Time is counted in moments, one per MoE layer
-    and step. A prefetch is issued for an expert of probability `min_probability` or more that
-    holds no slot, if at the measured bandwidth at least half of it can be copied before its
-    moment, behind what is queued already, and within the step's budget: the link time that misses
-    left idle. Mode "auto" lets a ReachController decide how many moments to look ahead.
+    and step. A prefetch is issued for an absent expert, this token's before the next one's and the
+    likelier first, if
+    - at the measured bandwidth at least half of it can be copied before its moment, behind what is
+      queued already, and within the step's budget: the link time that misses left idle;
+    - its expected gain is positive: its probability times the share of the copy that will be done
+      by then, against the odds of its being in vain times what that costs, which is a part of the
+      link (`ReadPrice`) and the victim's own worth, where the eviction policy knows it.
+    Mode "auto" lets a GainController decide how many moments to look ahead, or none.
     """
 
     def __init__(
@@ -62,7 +56,6 @@ class Prefetcher:
         shape: ModelShape,
         nbytes: int,
         mode: Mode = "auto",
-        min_probability: float = MIN_PROBABILITY,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         if mode not in MODES:
@@ -71,16 +64,17 @@ class Prefetcher:
         self._transfers = transfers
         self._shape = shape
         self._nbytes = nbytes
-        self._min_probability = min_probability
         self._clock = clock
         # Forecasts speak of this token and the next.
         self._max_reach = 0 if mode == "off" else 2 * shape.num_moe_layers
-        self._controller = (
-            ReachController(self._max_reach, cache.counters) if mode == "auto" else None
-        )
+        self._controller = GainController(self._max_reach) if mode == "auto" else None
+        self._price = ReadPrice(cache.counters)
+        self._is_decode = True
         self._position = -1
-        self._moments: dict[int, _Moment] = {}
-        self._wanted: Counter[ExpertKey] = Counter()
+        self._tables: dict[int, np.ndarray] = {}
+        self._wanted = _Wanted(self)
+        self._ahead: dict[int, list[_Candidate]] = {}
+        self._plan: list[_Candidate] | None = None
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._num_failures = 0
         self._layer_s = 0.0
@@ -94,38 +88,68 @@ class Prefetcher:
 
         A live view; valid until the next call of this object.
         """
-        return self._wanted.keys()
+        return self._wanted
 
     @property
     def reach(self) -> int:
         """Moments ahead for which prefetches are issued now; 0 while turned off."""
-        if self._num_failures >= MAX_FAILURES:
-            return 0
-        return self._max_reach if self._controller is None else self._controller.reach
+        return 0 if self._num_failures >= MAX_FAILURES else self._wished_reach
+
+    @property
+    def wants_forecasts(self) -> bool:
+        """Forecasts change something now: what is read ahead, or what is evicted.
+
+        Where not, a predictor need not be asked, nor shown anything.
+        """
+        if self._cache.wants_forecasts and (self._wished_reach or not self._max_reach):
+            return True
+        return self.reach > 0
+
+    @property
+    def _wished_reach(self) -> int:
+        if self._controller is None:
+            return self._max_reach
+        if self._is_decode:
+            return self._controller.reach
+        # Prompts are not measured: what the last tokens showed holds for them as well.
+        return self._max_reach if self._controller.is_promising else 0
+
+    def begin_step(self, *, is_decode: bool) -> None:
+        """A forward pass begins: single tokens only, or with prompts among them."""
+        self._is_decode = is_decode
 
     def offer(self, forecast: Forecast) -> None:
         """Take the newest forecast for its layers and step; issues nothing by itself.
 
-        Raises ValueError if the forecast is malformed or does not fit the model.
+        Eviction is told as well. Raises ValueError if the forecast is malformed or does not fit
+        the model.
         """
         forecast.check(self._shape)
+        self._cache.foresee(forecast)
         if not self._max_reach:
             return
-        first = forecast.step * self._shape.num_moe_layers + forecast.layer_from
-        for row in range(forecast.layer_to - forecast.layer_from):
-            self._forget(first + row)
-        rows, experts = np.nonzero(forecast.probability >= self._min_probability)
-        tenths = forecast.probability[rows, experts].round(1).tolist()
-        for row, expert_idx, value in zip(rows.tolist(), experts.tolist(), tenths, strict=True):
-            if first + row > self._position:
-                key = ExpertKey(forecast.layer_from + row, expert_idx)
-                moment = self._moments.get(first + row)
-                if moment is None:
-                    moment = self._moments[first + row] = _Moment([], [])
-                moment.wanted.append(key)
-                self._wanted[key] += 1
-                if self._cache.state(key) is None:
-                    moment.missing.append((-value, first + row, key))
+        step, start = forecast.step, forecast.layer_from
+        first = step * self._shape.num_moe_layers
+        if first + forecast.layer_to - 1 <= self._position:
+            return
+        table = self._tables.get(step)
+        if table is None:
+            size = (self._shape.num_moe_layers, self._shape.num_experts)
+            table = self._tables[step] = np.zeros(size, np.float32)
+        table[start : forecast.layer_to] = forecast.probability
+        for layer_idx in range(start, forecast.layer_to):
+            self._ahead.pop(first + layer_idx, None)
+        rows, experts = np.nonzero(forecast.probability >= self._price.least_probability)
+        values = forecast.probability[rows, experts]
+        for row, expert_idx, value, tenths in zip(
+            rows.tolist(), experts.tolist(), values.tolist(), values.round(1).tolist(), strict=True
+        ):
+            key = ExpertKey(start + row, expert_idx)
+            moment = first + key.layer_idx
+            if moment > self._position and self._cache.state(key) is None:
+                candidates = self._ahead.setdefault(moment, [])
+                candidates.append((step, -tenths, moment, value, key))
+        self._plan = None
 
     def advance(self, step: int, layer_idx: int) -> None:
         """Execution stands at this layer: settle what is copied, cancel what is stale, issue more.
@@ -133,6 +157,74 @@ class Prefetcher:
         Call it once the layer's own experts are pinned or submitted, so that none is a victim.
         """
         position = step * self._shape.num_moe_layers + layer_idx
+        if self._max_reach:
+            self._keep_time(position)
+        self._position = position
+        if not (self._tables or self._in_flight):
+            return
+        for gone in [one for one in self._tables if one < step]:
+            del self._tables[gone]
+        for moment in [moment for moment in self._ahead if moment <= position]:
+            del self._ahead[moment]
+            self._plan = None
+        self.settle()
+        self._cancel_stale()
+        if self._ahead and self.reach and self._cache.prefetch_room > 0:
+            self._issue()
+
+    def settle(self) -> None:
+        """Commit finished prefetches and free the slots of failed ones; neither blocks nor raises.
+
+        Call it before look-ups, so that what has arrived is a hit and not a late one.
+        """
+        for key, transfer in list(self._in_flight.items()) if self._in_flight else ():
+            if transfer.done():
+                self._end(key, transfer)
+
+    def claim(self, key: ExpertKey) -> Transfer | None:
+        """Hand over the copy of an expert that is needed now (a late hit), ahead of all prefetches.
+
+        None if no prefetch of it is in flight. The caller waits, then commits the slot; or, on
+        TransferError, abandons it.
+        """
+        transfer = self._in_flight.pop(key, None) if self._in_flight else None
+        if transfer is not None:
+            self._cache.promote(transfer.slot)
+            self._transfers.promote(transfer)
+        return transfer
+
+    def end_step(
+        self, *, stall_s: float, on_demand_bytes: int, wall_s: float | None = None
+    ) -> None:
+        """A decode step is over, in which compute waited `stall_s` and misses took these bytes.
+
+        `wall_s` is what all of it took, forecasts included; None where nothing but stalls differs.
+        Not for prefills: their stalls would be compared with those of single tokens.
+        """
+        self._on_demand_bytes += SMOOTHING * (on_demand_bytes - self._on_demand_bytes)
+        self._issued_bytes = 0
+        self._price.end_step(on_demand_bytes / self._nbytes)
+        if self._controller is not None:
+            wall_s = stall_s if wall_s is None else wall_s
+            self._controller.end_step(wall_s=wall_s, stall_s=stall_s)
+
+    def begin(self) -> None:
+        """A new sequence: its steps count from 0 again, so no forecast before it holds."""
+        self._tables.clear()
+        self._ahead.clear()
+        self._plan = None
+        self._position = -1
+        self._advanced_at = None
+        self._cache.advance(0, -1)
+        self._cancel_stale()
+
+    def close(self) -> None:
+        """Cancel what is queued and wait for what is being copied; idempotent."""
+        for key, transfer in list(self._in_flight.items()):
+            transfer.cancel()
+            self._end(key, transfer)
+
+    def _keep_time(self, position: int) -> None:
         now = self._clock()
         if self._advanced_at is not None and position > self._position:
             elapsed = now - self._advanced_at
@@ -143,58 +235,6 @@ class Prefetcher:
             else:
                 self._layer_s = elapsed
         self._advanced_at = now
-        self._position = position
-        for moment in [moment for moment in self._moments if moment <= position]:
-            self._forget(moment)
-        self.settle()
-        self._cancel_stale()
-        if self.reach and self._cache.prefetch_room > 0:
-            self._issue()
-
-    def settle(self) -> None:
-        """Commit finished prefetches and free the slots of failed ones; neither blocks nor raises.
-
-        Call it before look-ups, so that what has arrived is a hit and not a late one.
-        """
-        for key, transfer in list(self._in_flight.items()):
-            if transfer.done():
-                self._end(key, transfer)
-
-    def claim(self, key: ExpertKey) -> Transfer | None:
-        """Hand over the copy of an expert that is needed now (a late hit), ahead of all prefetches.
-
-        None if no prefetch of it is in flight. The caller waits, then commits the slot; or, on
-        TransferError, abandons it.
-        """
-        transfer = self._in_flight.pop(key, None)
-        if transfer is not None:
-            self._cache.promote(transfer.slot)
-            self._transfers.promote(transfer)
-        return transfer
-
-    def end_step(self, *, stall_s: float, on_demand_bytes: int) -> None:
-        """A decode step is over, in which compute waited `stall_s` and misses took these bytes.
-
-        Not for prefills: their stalls would be compared with those of single tokens.
-        """
-        self._on_demand_bytes += SMOOTHING * (on_demand_bytes - self._on_demand_bytes)
-        self._issued_bytes = 0
-        if self._controller is not None:
-            self._controller.end_step(stall_s)
-
-    def begin(self) -> None:
-        """A new sequence: its steps count from 0 again, so no forecast before it holds."""
-        self._moments.clear()
-        self._wanted.clear()
-        self._position = -1
-        self._advanced_at = None
-        self._cancel_stale()
-
-    def close(self) -> None:
-        """Cancel what is queued and wait for what is being copied; idempotent."""
-        for key, transfer in list(self._in_flight.items()):
-            transfer.cancel()
-            self._end(key, transfer)
 
     def _end(self, key: ExpertKey, transfer: Transfer) -> None:
         del self._in_flight[key]
@@ -211,6 +251,8 @@ class Prefetcher:
                 self._num_failures = 0
 
     def _cancel_stale(self) -> None:
+        if not self._in_flight:
+            return
         stale = [key for key in self._in_flight if key not in self._wanted]
         for key in stale:
             transfer = self._in_flight[key]
@@ -219,36 +261,52 @@ class Prefetcher:
                 self._cache.abandon(transfer.slot)
 
     def _issue(self) -> None:
-        bandwidth = self._transfers.bandwidth()
+        bandwidth = self._transfers.bandwidth() if self._layer_s else 0.0
         queued = self._transfers.outstanding_bytes()
         budget = self._budget(bandwidth)
         last = self._position + self.reach
-        candidates = sorted(
-            candidate
-            for moment, forecast in self._moments.items()
-            if moment <= last
-            for candidate in forecast.missing
-        )
-        for _, moment, key in candidates:
+        if self._plan is None:
+            self._plan = sorted(one for candidates in self._ahead.values() for one in candidates)
+        plan, self._plan = self._plan, []
+        for index, candidate in enumerate(plan):
+            _, _, moment, probability, key = candidate
             if self._issued_bytes + self._nbytes > budget:
+                self._plan += plan[index:]
                 return
-            lead_s = (moment - self._position) * self._layer_s
-            if bandwidth and self._layer_s and (queued + self._nbytes / 2) / bandwidth > lead_s:
-                continue
             if self._cache.state(key) is not None:
                 continue
-            slot = self._cache.reserve(key, Kind.PREFETCH, keep=self.wanted)
-            if slot is None:
+            self._plan.append(candidate)
+            if moment > last:
+                continue
+            done = 1.0
+            if bandwidth:
+                lead_bytes = (moment - self._position) * self._layer_s * bandwidth - queued
+                done = min(lead_bytes / self._nbytes, 1.0)
+            if done < 0.5 or not self._pays(key, probability, done):
+                continue
+            if not self._start(key):
+                self._plan += plan[index + 1 :]
                 return
-            try:
-                transfer = self._transfers.submit(key, slot, Kind.PREFETCH)
-            except TransferError:
-                self._cache.abandon(slot)
-                self._num_failures = MAX_FAILURES
-                return
-            self._in_flight[key] = transfer
-            self._issued_bytes += self._nbytes
+            self._plan.pop()
             queued += self._nbytes
+
+    def _pays(self, key: ExpertKey, probability: float, done: float) -> bool:
+        cost = self._price.price + self._cache.victim_worth(key)
+        return probability * done > (1.0 - probability) * cost
+
+    def _start(self, key: ExpertKey) -> bool:
+        """Reserve and submit; False if there is no slot or no engine to do it."""
+        slot = self._cache.reserve(key, Kind.PREFETCH, keep=self._wanted)
+        if slot is None:
+            return False
+        try:
+            self._in_flight[key] = self._transfers.submit(key, slot, Kind.PREFETCH)
+        except TransferError:
+            self._cache.abandon(slot)
+            self._num_failures = MAX_FAILURES
+            return False
+        self._issued_bytes += self._nbytes
+        return True
 
     def _budget(self, bandwidth: float) -> float:
         """Bytes that prefetches may take of a step's link time; one expert at the least."""
@@ -257,10 +315,28 @@ class Prefetcher:
         step_bytes = bandwidth * self._layer_s * self._shape.num_moe_layers
         return max(step_bytes - self._on_demand_bytes, float(self._nbytes))
 
-    def _forget(self, moment: int) -> None:
-        forecast = self._moments.pop(moment, None)
-        if forecast is not None:
-            for key in forecast.wanted:
-                self._wanted[key] -= 1
-                if not self._wanted[key]:
-                    del self._wanted[key]
+
+class _Wanted(Collection[ExpertKey]):
+    """Keys whose next use is forecast as likely enough to be read ahead, looked up when asked."""
+
+    def __init__(self, prefetcher: Prefetcher) -> None:
+        self._of = prefetcher
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, ExpertKey)
+        of = self._of
+        least, num_layers = of._price.least_probability, of._shape.num_moe_layers
+        for step, table in of._tables.items():
+            if step * num_layers + key.layer_idx > of._position and table[key] >= least:
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        shape = self._of._shape
+        for layer_idx in range(shape.num_moe_layers):
+            for expert_idx in range(shape.num_experts):
+                if (key := ExpertKey(layer_idx, expert_idx)) in self:
+                    yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)

@@ -84,7 +84,7 @@ def decode(ids: np.ndarray, *, mode: str, predictor: str, num_slots: int = 48) -
                 table = np.full((SHAPE.num_moe_layers, SHAPE.num_experts), 0.01, np.float32)
                 np.put_along_axis(table, ids[step - 1 + horizon], 0.95, axis=1)
                 prefetcher.offer(Forecast(step + horizon, 0, SHAPE.num_moe_layers, table))
-        stall_s = 0.0
+        began, stall_s = clock.now, 0.0
         num_missed = 0
         for layer_idx, experts in enumerate(layers.tolist()):
             keys = [ExpertKey(layer_idx, expert_idx) for expert_idx in experts]
@@ -115,7 +115,9 @@ def decode(ids: np.ndarray, *, mode: str, predictor: str, num_slots: int = 48) -
                     cache.record_use(transfer.key)
                 link.serve(COMPUTE_S)
             cache.check()
-        prefetcher.end_step(stall_s=stall_s, on_demand_bytes=num_missed * NBYTES)
+        prefetcher.end_step(
+            stall_s=stall_s, on_demand_bytes=num_missed * NBYTES, wall_s=clock.now - began
+        )
         outcome.stall_s += stall_s
     outcome.copied = link.num_copied
     return outcome
