@@ -56,11 +56,11 @@ def gateway(
     if max_body_bytes < _MIN_BODY_BYTES:
         raise UsageError(f"max-body: {max_body}; at least {_MIN_BODY_BYTES} bytes are needed")
     with heavy_imports():
+        from ..serving import log
         from ..serving.client import AsyncClient
         from ..serving.gateway.access import check_address
         from ..serving.gateway.app import make_app
         from ..serving.gateway.generation import Settings
-        from ..serving.gateway.journal import log_to_stderr
         from ..serving.gateway.keys import ApiKeys
         from ..serving.gateway.listener import bind, serve
         from ..serving.gateway.upstream import Upstream
@@ -70,15 +70,14 @@ def gateway(
     settings = Settings(max_body_bytes=max_body_bytes)
     client = AsyncClient(connect, timeout_s=timeout, keys=keys, name="outrider gateway")
     application = make_app(Upstream(client), keys=api_keys, settings=settings)
-    log_to_stderr()
+    log.write_to_stderr()
     listening = bind(host, port, write_timeout_s=settings.write_timeout_s)
 
     def on_started() -> None:
         bound = listening.getsockname()
         url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
-        _LOG.info(
-            "listening",
-            extra={"fields": {"url": url, "server": client.address, "keys": bool(api_keys)}},
+        log.event(
+            _LOG, logging.INFO, "listening", url=url, server=client.address, keys=bool(api_keys)
         )
 
     serve(application, listening, shutdown_timeout_s=shutdown_timeout, on_started=on_started)

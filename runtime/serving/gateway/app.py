@@ -16,6 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .. import log
 from .access import Access
 from .generation import GenerationEndpoints, Settings
 from .keys import ApiKeys
@@ -210,15 +211,13 @@ class _Journal:
             status = status if is_complete else CLIENT_GONE
             route = scope["path"] if scope["path"] in self._paths else "other"
             self._http.count(route, status)
-            _LOG.info(
+            log.event(
+                _LOG,
+                logging.INFO,
                 "answered",
-                extra={
-                    "fields": {
-                        "method": scope["method"],
-                        "path": scope["path"][:200],
-                        "status": status,
-                        "seconds": round(time.monotonic() - began, 6),
-                        "client": (scope.get("client") or ("",))[0],
-                    }
-                },
+                method=scope["method"],
+                path=scope["path"][:200],
+                status=status,
+                seconds=round(time.monotonic() - began, 6),
+                client=(scope.get("client") or ("",))[0],
             )

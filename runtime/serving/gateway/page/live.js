@@ -9,6 +9,8 @@ const PERIOD_MS = 1000;
 const TIMEOUT_MS = 5000;
 // Tiles are means over this long, so that they can be read.
 const TILE_SECONDS = 5;
+// Nothing is known of what happened between answers further apart than this.
+const GAP_SECONDS = 6;
 
 const by = (id) => document.getElementById(id);
 const map = new ExpertMap(by("experts-map"), by("map-note"));
@@ -68,6 +70,7 @@ function take(answer) {
   answers.push(answer);
   while (answers.length > 2 && answers[1].at < answer.at - TILE_SECONDS) answers.shift();
   if (answers.length > 1) {
+    if (answer.at - answers.at(-2).at > GAP_SECONDS) points.push({ at: answer.at });
     const now = rates(answers.at(-2), answer);
     const share = (count) => (now.all ? 100 * count / now.all : null);
     points.push({

@@ -23,9 +23,8 @@ export class ExpertMap {
     const { layers, experts, states } = map;
     const available = this.canvas.parentElement.clientWidth - LEFT - 2;
     // Large enough for a finger where there is room, never so small that a cell vanishes.
-    this.cell = Math.max(4, Math.min(22, Math.floor(available / experts)));
-    const tall = Math.max(4, Math.min(22, this.cell * 1, Math.floor(560 / layers)));
-    this.tall = Math.max(tall, 4);
+    this.cell = Math.max(4, Math.min(36, Math.floor(available / experts)));
+    this.tall = Math.max(4, Math.min(22, Math.ceil(this.cell * 0.8), Math.floor(560 / layers)));
     const width = LEFT + experts * this.cell + 2, height = TOP + layers * this.tall + 2;
     this.canvas.style.width = `${width}px`;
     this.canvas.style.height = `${height}px`;
