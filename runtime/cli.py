@@ -24,6 +24,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "collect": ("commands.collect", "Record routing traces of a model on text."),
     "analyze": ("commands.analyze", "Expert analysis of traces: JSON, figures, one HTML page."),
     "compare": ("commands.compare", "Traces of several models side by side."),
+    "serve": ("commands.serve", "Serve generation over ZeroMQ: many clients, one engine."),
+    "ask": ("commands.ask", "Send a prompt to a server; the answer streams to stdout."),
     "gateway": ("commands.gateway", "OpenAI-compatible HTTP in front of a server."),
     "evaluate": ("commands.evaluate", "Judge predictors on held-out text."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),

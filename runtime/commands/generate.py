@@ -1,14 +1,12 @@
 """`outrider generate`: one prompt in, streamed text out, a summary of speed and traffic."""
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
 from . import options
 from .display import print_json, print_rows, progress_bars, stderr_console, summary
 from .startup import heavy_imports
@@ -65,7 +63,7 @@ def generate(
             columns = {"option": "option", "value": "value", "where": "where from"}
             print_rows(rows, columns=columns)
         return
-    text = _prompt(prompt)
+    text = options.prompt_text(prompt)
     with heavy_imports():
         from ..engine import Engine
     from ..request import ChatMessage
@@ -106,21 +104,6 @@ def generate(
                 **result.stats.as_dict(),
             }
         )
-
-
-def _prompt(given: str | None) -> str:
-    if given is not None:
-        text = given
-    elif sys.stdin.isatty():
-        raise UsageError("no prompt: give --prompt TEXT, or pipe text to standard input")
-    else:
-        try:
-            text = sys.stdin.buffer.read().decode()
-        except UnicodeDecodeError as error:
-            raise UsageError(f"prompt on standard input is not UTF-8: {error}") from error
-    if not text:
-        raise UsageError("the prompt is empty; give at least one character")
-    return text
 
 
 @contextlib.contextmanager

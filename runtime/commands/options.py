@@ -1,6 +1,7 @@
 """The options that commands share, and how their four layers become configuration values."""
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
@@ -112,6 +113,22 @@ def sampling_params(
     except (msgspec.ValidationError, UnicodeEncodeError) as error:
         raise UsageError(str(error)) from error
     return params, {name: found[name][1] if name in found else DEFAULT for name in names}
+
+
+def prompt_text(given: str | None) -> str:
+    """--prompt, or standard input. Raises UsageError if there is no text; blocks on a pipe."""
+    if given is not None:
+        text = given
+    elif sys.stdin.isatty():
+        raise UsageError("no prompt: give --prompt TEXT, or pipe text to standard input")
+    else:
+        try:
+            text = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise UsageError(f"prompt on standard input is not UTF-8: {error}") from error
+    if not text:
+        raise UsageError("the prompt is empty; give at least one character")
+    return text
 
 
 def describe(

@@ -1,0 +1,123 @@
+"""The server's socket: frames in, frames out, and what a peer that cannot take them is owed.
+
+Knows clients by their routing ids and messages by their frames; one thread.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal
+
+import zmq
+
+from .clock import AwakeClock
+from .messages import NUM_FRAMES
+
+Sent = Literal["sent", "kept", "dropped", "gone"]
+# Messages kept for a client whose pipe is full; more would be memory without bound.
+MAX_KEPT = 1024
+
+
+@dataclass(slots=True)
+class _Backlog:
+    frames: deque[tuple[list[bytes], bool]] = field(default_factory=deque)
+    since_s: float = 0.0
+
+
+class Router:
+    """Sends without ever blocking: what a full pipe does not take is kept and tried again."""
+
+    def __init__(self, socket: zmq.Socket, *, clock: AwakeClock) -> None:
+        self.socket = socket
+        self._clock = clock
+        self._backlogs: dict[bytes, _Backlog] = {}
+
+    @property
+    def num_kept(self) -> int:
+        """Messages that wait for a full pipe."""
+        return sum(len(backlog.frames) for backlog in self._backlogs.values())
+
+    def receive(self) -> tuple[bytes, list[bytes], int] | None:
+        """(client, frames, how many there were) of the next message, None if there is none.
+
+        Frames beyond those that a message can have are thrown away as they are read.
+        """
+        try:
+            client = self.socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        frames: list[bytes] = []
+        num_frames = 0
+        while self.socket.get(zmq.RCVMORE):
+            frame = self.socket.recv()
+            num_frames += 1
+            if num_frames <= NUM_FRAMES:
+                frames.append(frame)
+        return client, frames, num_frames
+
+    def send(self, client: bytes, frames: list[bytes], *, is_last: bool = False) -> Sent:
+        """Send or keep a message of a request; `is_last` marks its last one.
+
+        "dropped" if too many are kept already (a last one is kept all the same).
+        """
+        backlog = self._backlogs.get(client)
+        if backlog is None:
+            sent = self._try_send(client, frames)
+            if sent != "dropped":
+                return sent
+            backlog = self._backlogs[client] = _Backlog(since_s=self._clock.now_s)
+        if len(backlog.frames) >= MAX_KEPT and not is_last:
+            return "dropped"
+        backlog.frames.append((frames, is_last))
+        return "kept"
+
+    def answer(self, client: bytes, frames: list[bytes]) -> Sent:
+        """Send an answer that may be lost: a client that does not read needs none."""
+        if client in self._backlogs:
+            return "dropped"
+        return self._try_send(client, frames)
+
+    def retry(self) -> list[bytes]:
+        """Try again what is kept; returns the clients that turn out to have gone."""
+        return [client for client in list(self._backlogs) if self._retry(client) == "gone"]
+
+    def slow(self, limit_s: float) -> list[bytes]:
+        """Clients whose pipe has taken nothing for `limit_s`."""
+        now = self._clock.now_s
+        return [
+            client for client, backlog in self._backlogs.items() if now - backlog.since_s >= limit_s
+        ]
+
+    def cut(self, client: bytes) -> bool:
+        """Drop what is kept for a client but for last messages; False if that was all there was."""
+        backlog = self._backlogs[client]
+        last = deque(item for item in backlog.frames if item[1])
+        if len(last) == len(backlog.frames):
+            del self._backlogs[client]
+            return False
+        backlog.frames, backlog.since_s = last, self._clock.now_s
+        return True
+
+    def _retry(self, client: bytes) -> Sent:
+        backlog = self._backlogs[client]
+        while backlog.frames:
+            sent = self._try_send(client, backlog.frames[0][0])
+            if sent == "dropped":
+                return "kept"
+            if sent == "gone":
+                del self._backlogs[client]
+                return "gone"
+            backlog.frames.popleft()
+            backlog.since_s = self._clock.now_s
+        del self._backlogs[client]
+        return "sent"
+
+    def _try_send(self, client: bytes, frames: list[bytes]) -> Sent:
+        try:
+            self.socket.send_multipart([client, *frames], zmq.NOBLOCK)
+        except zmq.Again:
+            return "dropped"
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return "gone"
+        return "sent"
