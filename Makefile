@@ -10,7 +10,7 @@ FLOOR := .venv-floor
 FLOOR_TORCH ?= 2.13.0
 FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
-.PHONY: demo test test-slow test-gpu test-floor check fix types nano clean help
+.PHONY: demo test test-slow test-gpu test-floor check fix types nano aot clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -45,6 +45,10 @@ test-floor: $(FLOORED) ## engine and models with the lowest versions allowed (Py
 
 nano: $(DEVELOPED) ## make the built-in model again, from package downloads to weights (hours)
 	$(BIN)/python -m recipes.nano all
+
+# Figures of another compiler version are not compared, so this follows a new triton.
+aot: $(DEVELOPED) ## compile the GPU kernels for four architectures again, renew their table (no GPU)
+	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m outrider.kernels.aot
 
 clean: ## remove environments and build products
 	rm -rf $(VENV) .venv-floor build/lib build/bdist* *.egg-info .pytest_cache .hypothesis .ruff_cache

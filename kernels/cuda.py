@@ -8,8 +8,8 @@ tensors (which it has not so far), and on CPU tensors under TRITON_INTERPRET=1.
 from collections.abc import Mapping
 
 import torch
-import triton
 from torch import Tensor
+from triton import knobs
 
 from .gathered import gated_rows, matrix_rows
 from .grouped_matmul import grouped_rows, tile_blocks
@@ -92,7 +92,7 @@ def linear(
     fmt: str,
     bias: Tensor | None,
 ) -> Tensor:
-    """rows [T, K] times the [N, K] matrix in `parts`, plus bias -> [T, N]; queues, does not wait."""
+    """rows [T, K] by the [N, K] matrix in `parts`, plus bias -> [T, N]. Queues, does not wait."""
     _check(rows, fmt, shape[1:])
     rows = rows.contiguous()
     operand = _one_matrix(parts, bias, fmt)
@@ -115,7 +115,7 @@ def _one_matrix(parts: Mapping[str, Tensor], bias: Tensor | None, fmt: str) -> O
 
 
 def _check(rows: Tensor, fmt: str, widths: tuple[int, ...]) -> None:
-    if rows.device.type != "cuda" and not triton.knobs.runtime.interpret:
+    if rows.device.type != "cuda" and not knobs.runtime.interpret:
         raise DeviceError(
             f"the Triton kernels need CUDA tensors; got {rows.device}: use impl='cpu'"
         )

@@ -7,6 +7,7 @@ the interpreter (fp16, fp32) and the compiler.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -17,12 +18,12 @@ from .blocks import block_sizes
 from .operands import Operand
 from .quantization import NF4_LEVELS
 from .weight_tile import (
-    dequantize_bytes,
     gated,
     load_bytes,
     load_plain,
     load_scales,
     nibble_inputs,
+    unpack_bytes,
 )
 
 
@@ -51,12 +52,12 @@ def _rows_dot(
             group_mask = groups < num_groups
             packed = load_bytes(w_ptr, rows, row_mask, groups, group_mask, num_groups)
             scales = load_scales(s_ptr, rows, row_mask, groups, group_mask, num_groups)
-            low, high = dequantize_bytes(packed, scales, levels_ptr, FORMAT)
+            low, high = unpack_bytes(packed, levels_ptr, FORMAT)
             low_k, high_k = nibble_inputs(groups, FORMAT)
             x_low = tl.load(x_ptr + low_k, mask=low_k < K, other=0.0).to(tl.float32)
             x_high = tl.load(x_ptr + high_k, mask=high_k < K, other=0.0).to(tl.float32)
-            total += low * x_low[None, :, :]
-            total += high * x_high[None, :, :]
+            products = low * x_low[None, :, :] + high * x_high[None, :, :]
+            total += products * scales[:, :, None]
         return tl.sum(tl.sum(total, axis=2), axis=1)
     total = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     for start in range(0, K, BLOCK_K):
@@ -81,7 +82,7 @@ def _gate_up_kernel(
     levels_ptr,
     h_ptr,
     H,
-    I,
+    INNER,
     x_stride,
     w_slot,
     s_slot,
@@ -98,7 +99,7 @@ def _gate_up_kernel(
     """h [N, I] fp32 = activation(gate) * up of each assignment; grid (N, I / BLOCK_N)."""
     assignment = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask = columns < I
+    mask = columns < INNER
     token = tl.load(token_ptr + assignment).to(tl.int64)
     slot = tl.load(slot_ptr + assignment).to(tl.int64)
     x_ptr += token * x_stride
@@ -106,7 +107,7 @@ def _gate_up_kernel(
     s_ptr += slot * s_slot
     if CONCATENATED:
         gate_rows = columns.to(tl.int64)
-        up_rows = gate_rows + I
+        up_rows = gate_rows + INNER
     else:
         gate_rows = columns.to(tl.int64) * 2
         up_rows = gate_rows + 1
@@ -123,7 +124,7 @@ def _gate_up_kernel(
         gate += tl.load(bias_ptr + gate_rows, mask=mask, other=0.0).to(tl.float32)
         up += tl.load(bias_ptr + up_rows, mask=mask, other=0.0).to(tl.float32)
     h = gated(gate, up, ACTIVATION)
-    tl.store(h_ptr + assignment.to(tl.int64) * I + columns, h, mask=mask)
+    tl.store(h_ptr + assignment.to(tl.int64) * INNER + columns, h, mask=mask)
 
 
 @triton.jit
@@ -192,7 +193,8 @@ def gated_rows(
     num_assignments, hidden = token_idx.shape[0], hidden_states.shape[1]
     h = hidden_states.new_empty((num_assignments, inner), dtype=torch.float32)
     blocks = block_sizes("gathered", gate_up.fmt, hidden, device=hidden_states.device)
-    _gate_up_kernel[(num_assignments, triton.cdiv(inner, blocks.block_n))](
+    kernel: Any = _gate_up_kernel
+    kernel[(num_assignments, triton.cdiv(inner, blocks.block_n))](
         hidden_states,
         token_idx,
         slot_ids,
@@ -234,7 +236,8 @@ def matrix_rows(
     """
     num_rows, width = rows.shape
     blocks = block_sizes("gathered", operand.fmt, width, device=rows.device)
-    _rows_kernel[(num_rows, triton.cdiv(out.shape[1], blocks.block_n))](
+    kernel: Any = _rows_kernel
+    kernel[(num_rows, triton.cdiv(out.shape[1], blocks.block_n))](
         rows,
         operand.weight if slot_ids is None else slot_ids,
         operand.weight if out_rows is None else out_rows,

@@ -6,6 +6,8 @@ nf4 weights are rounded to it, and so is the row between the projections, which 
 fp32. Has not run on a GPU: checked by the interpreter (fp16, fp32) and the compiler.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,7 @@ from .gathered import levels_of
 from .operands import Operand
 from .quantization import PLAIN_DTYPES
 from .routing import RoutingPlan
-from .weight_tile import dequantize_bytes, gated, load_bytes, load_plain, load_scales
+from .weight_tile import gated, load_bytes, load_plain, load_scales, unpack_groups
 
 
 @triton.jit
@@ -42,35 +44,23 @@ def _tile_dot(
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if FORMAT == "int4" or FORMAT == "nf4":
         num_groups = (K + 63) // 64
-        byte = tl.arange(0, 32)
+        inputs = tl.arange(0, 64)
         for group in range(0, num_groups):
             one = group + tl.arange(0, 1)
             packed = load_bytes(w_ptr, rows, row_mask, one, one < num_groups, num_groups)
             scales = load_scales(s_ptr, rows, row_mask, one, one < num_groups, num_groups)
-            if FORMAT == "nf4":
-                low, high = dequantize_bytes(packed, scales, levels_ptr, FORMAT)
-                low_k, high_k = group * 64 + 2 * byte + 1, group * 64 + 2 * byte
-            else:
-                ones = scales * 0.0 + 1.0
-                low, high = dequantize_bytes(packed, ones, levels_ptr, FORMAT)
-                low_k, high_k = group * 64 + byte, group * 64 + byte + 32
-            x_low = tl.load(
-                x_ptr + x_rows[:, None] + low_k[None, :],
-                mask=m_mask[:, None] & (low_k < K)[None, :],
+            k = group * 64 + inputs
+            x = tl.load(
+                x_ptr + x_rows[:, None] + k[None, :],
+                mask=m_mask[:, None] & (k < K)[None, :],
                 other=0.0,
             )
-            x_high = tl.load(
-                x_ptr + x_rows[:, None] + high_k[None, :],
-                mask=m_mask[:, None] & (high_k < K)[None, :],
-                other=0.0,
-            )
-            low = tl.reshape(low, (BLOCK_N, 32)).to(x_low.dtype)
-            high = tl.reshape(high, (BLOCK_N, 32)).to(x_low.dtype)
-            part = tl.dot(x_low, tl.trans(low), input_precision="ieee")
-            part = tl.dot(x_high, tl.trans(high), part, input_precision="ieee")
+            w = unpack_groups(packed, levels_ptr, FORMAT, BLOCK_N)
             if FORMAT == "nf4":
-                total += part
+                w *= scales
+                total = tl.dot(x, tl.trans(w.to(x.dtype)), total, input_precision="ieee")
             else:
+                part = tl.dot(x, tl.trans(w.to(x.dtype)), input_precision="ieee")
                 total += part * tl.reshape(scales, (1, BLOCK_N))
         return total
     for start in range(0, K, BLOCK_K):
@@ -197,7 +187,8 @@ def grouped_rows(
     columns. One launch over the plan's tiles, no host sync. `blocks.block_m` is the plan's.
     """
     num_columns, width = out.shape[1], rows.shape[1]
-    _grouped_kernel[(plan.tile_slots.shape[0], triton.cdiv(num_columns, blocks.block_n))](
+    kernel: Any = _grouped_kernel
+    kernel[(plan.tile_slots.shape[0], triton.cdiv(num_columns, blocks.block_n))](
         rows,
         sources,
         targets,

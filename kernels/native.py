@@ -231,6 +231,41 @@ def linear(
     )
 
 
+class Product:
+    """`linear` by one matrix that is described once: a token makes dozens of calls.
+
+    Keeps the tensors alive and goes by their addresses, so neither may be replaced or moved.
+    """
+
+    def __init__(
+        self, parts: Mapping[str, Tensor], shape: tuple[int, int], *, fmt: str, bias: Tensor | None
+    ) -> None:
+        one = {name: part.unsqueeze(0) for name, part in parts.items()}
+        self.address = parts["weight"].data_ptr()
+        self._kept = (parts, bias)
+        self._matrix = _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
+        self._pointer = ctypes.byref(self._matrix)
+        self._num_outputs, self._num_inputs = shape
+        self._call = _loaded().outrider_linear
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[T, K] -> [T, N] in the rows' dtype; the rows contiguous, on the CPU."""
+        num_rows = rows.shape[0]
+        out = rows.new_empty(num_rows, self._num_outputs)
+        status = self._call(
+            self._pointer,
+            rows.data_ptr(),
+            out.data_ptr(),
+            num_rows,
+            self._num_inputs * rows.element_size(),
+            _DTYPE_IDS[rows.dtype],
+            torch.get_num_threads(),
+        )
+        if status:
+            _check(status)
+        return out
+
+
 def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor) -> None:
     """out [T, H] = the fixed-order sum of contiguous outputs [T, K, H]; weights fp32, ids int64."""
     num_tokens, top_k, hidden = outputs.shape

@@ -1,7 +1,7 @@
 """Which rows go to which slot: assignments sorted by slot, cut into tiles for a grouped matmul.
 
-Knows assignments and slots only. Everything stays on the device: no host sync, so the number of tiles
-is an upper bound and the unused ones say slot -1.
+Knows assignments and slots only. Everything stays on the device: no host sync, so the number of
+tiles is an upper bound and the unused ones say slot -1.
 """
 
 from dataclasses import dataclass

@@ -37,19 +37,32 @@ def load_scales(s_ptr, rows, row_mask, groups, group_mask, num_groups):
 
 
 @triton.jit
-def dequantize_bytes(packed, scales, levels_ptr, FORMAT: tl.constexpr):
-    """[N, G, J] bytes and [N, G] scales -> the fp32 weights of the low and of the high nibbles.
+def step_of(nibble):
+    """nibble - 8 as fp32, exactly: under the bits of 2^23 a whole number is its own fraction.
 
-    int4: (nibble - 8) * scale. nf4: level * absmax, one rounding, as bitsandbytes has it in fp32.
+    Conversions run at an eighth of the rate of these two operations on sm_86 (CUDA C++ programming
+    guide, table of arithmetic throughput).
     """
-    low, high = packed & 0xF, (packed >> 4) & 0xF
+    return (nibble | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0
+
+
+@triton.jit
+def unpack_bytes(packed, levels_ptr, FORMAT: tl.constexpr):
+    """Bytes -> what their low and their high nibbles stand for, before the scale, as fp32."""
+    wide = packed.to(tl.int32)
+    low, high = wide & 0xF, wide >> 4
     if FORMAT == "nf4":
-        low_value = tl.load(levels_ptr + low.to(tl.int32))
-        high_value = tl.load(levels_ptr + high.to(tl.int32))
-    else:
-        low_value = low.to(tl.float32) - 8.0
-        high_value = high.to(tl.float32) - 8.0
-    return low_value * scales[:, :, None], high_value * scales[:, :, None]
+        return tl.load(levels_ptr + low), tl.load(levels_ptr + high)
+    return step_of(low), step_of(high)
+
+
+@triton.jit
+def unpack_groups(packed, levels_ptr, FORMAT: tl.constexpr, ROWS: tl.constexpr):
+    """[N, 1, J] bytes of one group a row -> [N, 64] fp32 before the scale, in the inputs' order."""
+    low, high = unpack_bytes(tl.reshape(packed, (ROWS, 32)), levels_ptr, FORMAT)
+    if FORMAT == "nf4":
+        return tl.reshape(tl.join(high, low), (ROWS, 64))
+    return tl.reshape(tl.permute(tl.join(low, high), (0, 2, 1)), (ROWS, 64))
 
 
 @triton.jit

@@ -4,6 +4,8 @@ Letters: T tokens, K experts a token, H hidden. Has not run on a GPU: checked by
 (fp16, fp32) and the compiler.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -52,7 +54,8 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor) -> Tensor:
     out = outputs.new_empty((num_tokens, hidden))
     if num_tokens == 0:
         return out
-    _combine_kernel[(num_tokens, triton.cdiv(hidden, BLOCK_H))](
+    kernel: Any = _combine_kernel
+    kernel[(num_tokens, triton.cdiv(hidden, BLOCK_H))](
         outputs.contiguous(),
         topk_weights.float().contiguous(),
         topk_ids.contiguous(),

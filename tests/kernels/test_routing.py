@@ -1,4 +1,4 @@
-"""Where a grouped product's rows go: every assignment once, in tiles of one slot, whatever the counts."""
+"""Where a grouped product's rows go: every assignment once, in tiles of one slot."""
 
 import pytest
 import torch

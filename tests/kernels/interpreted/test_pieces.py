@@ -9,7 +9,13 @@ from outrider.kernels.cuda import MAX_GATHERED_TOKENS
 from outrider.kernels.gathered import levels_of
 from outrider.kernels.linear import linear
 from outrider.kernels.quantization import FORMATS, dequantize, quantize
-from outrider.kernels.weight_tile import dequantize_bytes, load_bytes, load_scales, nibble_inputs
+from outrider.kernels.weight_tile import (
+    load_bytes,
+    load_scales,
+    nibble_inputs,
+    unpack_bytes,
+    unpack_groups,
+)
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -17,47 +23,57 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 8e-4}
 
 
 @triton.jit
-def _decode_kernel(w_ptr, s_ptr, levels_ptr, out_ptr, K, FORMAT: tl.constexpr):
-    """out [N, K] fp32: the weights as the kernels see them; grid (N, groups of a row)."""
+def _decode_kernel(
+    w_ptr, s_ptr, levels_ptr, out_ptr, K, FORMAT: tl.constexpr, ORDERED: tl.constexpr
+):
+    """out [N, K] fp32: the weights as the kernels see them, in two ways; grid (N, groups)."""
     row = tl.program_id(0) + tl.arange(0, 1)
     group = tl.program_id(1) + tl.arange(0, 1)
     num_groups = (K + 63) // 64
     is_row, is_group = row >= 0, group < num_groups
     packed = load_bytes(w_ptr, row.to(tl.int64), is_row, group, is_group, num_groups)
     scales = load_scales(s_ptr, row.to(tl.int64), is_row, group, is_group, num_groups)
-    low, high = dequantize_bytes(packed, scales, levels_ptr, FORMAT)
-    low_k, high_k = nibble_inputs(group, FORMAT)
-    start = tl.program_id(0) * K
-    tl.store(out_ptr + start + low_k, tl.reshape(low, (1, 32)), mask=low_k < K)
-    tl.store(out_ptr + start + high_k, tl.reshape(high, (1, 32)), mask=high_k < K)
+    k = tl.program_id(1) * 64 + tl.arange(0, 64)
+    if ORDERED:
+        whole = tl.reshape(unpack_groups(packed, levels_ptr, FORMAT, 1) * scales, (64,))
+        tl.store(out_ptr + tl.program_id(0) * K + k, whole, mask=k < K)
+    else:
+        low, high = unpack_bytes(packed, levels_ptr, FORMAT)
+        low_k, high_k = nibble_inputs(group, FORMAT)
+        start = out_ptr + tl.program_id(0) * K
+        tl.store(start + low_k, tl.reshape(low, (1, 32)) * scales, mask=low_k < K)
+        tl.store(start + high_k, tl.reshape(high, (1, 32)) * scales, mask=high_k < K)
 
 
-def _decoded(parts, fmt, n, k):
+def _decoded(parts, fmt, n, k, *, ordered):
     out = torch.full((n, k), float("nan"))
     scale = parts["absmax" if fmt == "nf4" else "scale"]
     groups = (k + 63) // 64
-    _decode_kernel[(n, groups)](parts["weight"], scale, levels_of(out.device), out, k, FORMAT=fmt)
+    levels = levels_of(out.device)
+    _decode_kernel[(n, groups)](parts["weight"], scale, levels, out, k, FORMAT=fmt, ORDERED=ordered)
     return out
 
 
 # bitsandbytes 0.48 calls a check that torch 2.13 has deprecated.
 @pytest.mark.filterwarnings("ignore:_check_is_size will be removed:FutureWarning")
-def test_nf4_is_decoded_as_bitsandbytes_does_bit_for_bit():
+@pytest.mark.parametrize("ordered", [False, True], ids=["gathered", "grouped"])
+def test_nf4_is_decoded_as_bitsandbytes_does_bit_for_bit(ordered):
     weight = torch.randn(9, 192, generator=torch.Generator().manual_seed(7))
     weight[0, :64] = 0.0
     weight[1, :64] *= 1e-38
     packed, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     parts = {"weight": packed.flatten(), "absmax": state.absmax}
     theirs = functional.dequantize_4bit(packed, state)
-    assert torch.equal(_decoded(parts, "nf4", 9, 192), theirs)
+    assert torch.equal(_decoded(parts, "nf4", 9, 192, ordered=ordered), theirs)
 
 
+@pytest.mark.parametrize("ordered", [False, True], ids=["gathered", "grouped"])
 @pytest.mark.parametrize("k", [64, 100, 192])
-def test_int4_is_decoded_as_defined_bit_for_bit(k):
+def test_int4_is_decoded_as_defined_bit_for_bit(k, ordered):
     weight = torch.randn(5, k, generator=torch.Generator().manual_seed(7))
     parts = quantize(weight, "int4")
     truth = dequantize(parts, "int4", dtype=torch.float32, shape=(5, k))
-    assert torch.equal(_decoded(parts, "int4", 5, k), truth)
+    assert torch.equal(_decoded(parts, "int4", 5, k, ordered=ordered), truth)
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1, MAX_GATHERED_TOKENS, 33])
