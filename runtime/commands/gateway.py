@@ -71,6 +71,8 @@ def gateway(
     client = AsyncClient(connect, timeout_s=timeout, keys=keys, name="outrider gateway")
     application = make_app(Upstream(client), keys=api_keys, settings=settings)
     log.write_to_stderr()
+    # What it says of its own starting and stopping, this command says once.
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     listening = bind(host, port, write_timeout_s=settings.write_timeout_s)
 
     def on_started() -> None:

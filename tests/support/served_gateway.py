@@ -29,6 +29,7 @@ class Gateway:
     port: int
     upstream: ScriptedClient
     http: httpx2.Client
+    stop: Callable[[], None]
 
 
 @contextmanager
@@ -55,11 +56,15 @@ def run_gateway(
     assert is_started.wait(PATIENCE_S)
     port = listening.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
+
+    def stop() -> None:
+        server.should_exit = True
+
     try:
         with httpx2.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as http:
-            yield Gateway(url, port, upstream, http)
+            yield Gateway(url, port, upstream, http, stop)
     finally:
-        server.should_exit = True
+        stop()
         thread.join(PATIENCE_S)
         listening.close()
     assert not thread.is_alive()

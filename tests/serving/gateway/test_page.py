@@ -91,7 +91,8 @@ def test_the_charts_are_drawn_in_their_colours(page, opened):
       };
       return Object.values(counts).every((found) => found > 0) && counts;
     })()""")
-    # Areas are shares, 6 to 1 to 1, less what is blended at the edges of a narrow one. Cells are 12 resident, 1 fetched, 1 loading, 10 absent.
+    # Areas are shares, 6 to 1 to 1, less what is blended at the edges of a narrow one. Cells:
+    # 12 resident, 1 fetched, 1 loading, 10 absent.
     assert 3 < counts["hit"] / counts["late"] < 9
     assert 3 < counts["hit"] / counts["miss"] < 9
     assert counts["resident"] == 12 * counts["fetched"] == 12 * counts["loading"]
