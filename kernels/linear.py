@@ -70,7 +70,7 @@ def linear(
 def prepared(
     parts: Mapping[str, Tensor], *, fmt: str, columns: int, bias: Tensor | None = None
 ) -> native.Product | None:
-    """`linear` for up to MAX_NATIVE_TOKENS contiguous rows [T, K], or None where PyTorch computes.
+    """`linear` for up to MAX_NATIVE_TOKENS contiguous rows, or None where PyTorch computes.
 
     The same bits, for less time spent around them; see `native.Product`.
     """

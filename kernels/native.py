@@ -248,10 +248,9 @@ class Product:
         self._num_outputs, self._num_inputs = shape
         self._call = _loaded().outrider_linear
 
-    def __call__(self, rows: Tensor) -> Tensor:
-        """[T, K] -> [T, N] in the rows' dtype; the rows contiguous, on the CPU."""
-        num_rows = rows.shape[0]
-        out = rows.new_empty(num_rows, self._num_outputs)
+    def __call__(self, rows: Tensor, num_rows: int) -> Tensor:
+        """[..., K] -> [..., N] in the rows' dtype; `num_rows` of them, contiguous, on the CPU."""
+        out = rows.new_empty((*rows.shape[:-1], self._num_outputs))
         status = self._call(
             self._pointer,
             rows.data_ptr(),

@@ -8,7 +8,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor, nn
 
-from ...kernels.linear import linear
+from ...kernels.linear import MAX_NATIVE_TOKENS, linear, prepared
+from ...kernels.native import Product
 from ...kernels.quantization import PLAIN_DTYPES, quantize
 from ..errors import InvalidDataError, UnsupportedModelError
 from .adapter import MoeLayer
@@ -29,6 +30,7 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = replaced.in_features, replaced.out_features
         self.bias = replaced.bias
         self._part_names: tuple[str, ...] = ()
+        self._product: Product | None = None
 
     @property
     def weight(self) -> Tensor:
@@ -65,15 +67,32 @@ class QuantizedLinear(nn.Module):
         for name, part in parts.items():
             self.register_buffer(_PREFIX + name, part)
         self._part_names = tuple(parts)
+        self._product = None
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
-        return linear(hidden_states, self.parts, fmt=self.fmt, bias=self.bias)
+        if self._product is not None:
+            out = _by_product(self._product, hidden_states, self.in_features)
+            if out is not None:
+                return out
+        parts = self.parts
+        self._product = prepared(parts, fmt=self.fmt, columns=self.in_features, bias=self.bias)
+        return linear(hidden_states, parts, fmt=self.fmt, bias=self.bias)
 
     def extra_repr(self) -> str:
         """What stands between the brackets when a model is printed."""
         has_bias = self.bias is not None
         return f"{self.in_features}, {self.out_features}, {self.fmt}, bias={has_bias}"
+
+
+def _by_product(product: Product, hidden_states: Tensor, columns: int) -> Tensor | None:
+    """[..., K] -> [..., N] where these rows are what `product` is for, else None."""
+    num_rows = hidden_states.numel() // columns
+    if num_rows > MAX_NATIVE_TOKENS or not hidden_states.is_cpu:
+        return None
+    if not hidden_states.is_contiguous():
+        hidden_states = hidden_states.contiguous()
+    return product(hidden_states, num_rows)
 
 
 class HalfLinear(nn.Linear):
@@ -83,10 +102,19 @@ class HalfLinear(nn.Linear):
     that have no units for them.
     """
 
+    _product: Product | None = None
+
     def forward(self, input: Tensor) -> Tensor:
         """[..., K] -> [..., N] in the input's dtype, sums in fp32."""
-        fmt = "bf16" if self.weight.dtype == torch.bfloat16 else "fp16"
-        return linear(input, {"weight": self.weight}, fmt=fmt, bias=self.bias)
+        weight = self.weight
+        if self._product is not None and self._product.address == weight.data_ptr():
+            out = _by_product(self._product, input, self.in_features)
+            if out is not None:
+                return out
+        fmt = "bf16" if weight.dtype == torch.bfloat16 else "fp16"
+        parts = {"weight": weight}
+        self._product = prepared(parts, fmt=fmt, columns=self.in_features, bias=self.bias)
+        return linear(input, parts, fmt=fmt, bias=self.bias)
 
 
 def replace_half_linears(model: nn.Module) -> None:
