@@ -1,6 +1,7 @@
 """GainController: keeps what is faster by the clock, and loses next to nothing finding out."""
 
 import random
+from itertools import pairwise
 from statistics import median
 
 import pytest
@@ -101,10 +102,10 @@ def test_trials_grow_rarer() -> None:
         for step in range(1, 6000)
         if course.reaches[step] and not any(course.reaches[max(0, step - 20) : step])
     ]
-    pauses = [after - before for before, after in zip(starts, starts[1:], strict=False)]
+    pauses = [after - before for before, after in pairwise(starts)]
     assert starts[0] == FIRST_STEPS
     assert pauses[0] >= FIRST_PAUSE
-    assert all(after > 1.5 * before for before, after in zip(pauses, pauses[1:], strict=False))
+    assert all(after > 1.5 * before for before, after in pairwise(pauses))
 
 
 def test_it_looks_less_far_after_a_failure_and_says_that_it_promised() -> None:
