@@ -120,10 +120,7 @@ class CompletionReply(_Answer):
         return {
             "tokens": [token.chosen.text for token in logprobs],
             "token_logprobs": [token.chosen.logprob for token in logprobs],
-            # Tokens of equal text are one key: the likeliest is kept.
-            "top_logprobs": [
-                {one.text: one.logprob for one in reversed(token.top)} for token in logprobs
-            ],
+            "top_logprobs": [_by_text(token.top) for token in logprobs],
             "text_offset": offsets,
         }
 
@@ -175,6 +172,14 @@ class ChatReply(_Answer):
             "finish_reason": finish_reason,
         }
         return self._part([choice])
+
+
+def _by_text(tokens: Sequence[Candidate]) -> dict[str, float]:
+    """Tokens of equal text are one key: the likeliest is kept."""
+    found: dict[str, float] = {}
+    for token in tokens:
+        found.setdefault(token.text, token.logprob)
+    return found
 
 
 def _chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
