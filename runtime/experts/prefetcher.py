@@ -340,3 +340,7 @@ class _Wanted(Collection[ExpertKey]):
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        # Asked at each failed reserve, where counting would look at every expert of the model.
+        return bool(self._of._tables)
