@@ -401,8 +401,12 @@ def test_a_model_that_cannot_be_used_is_refused(folder, tmp_path, damage, comman
     [
         pytest.param(["frobnicate"], "No such command 'frobnicate'", id="command"),
         pytest.param(["generate", "--frobnicate"], "No such option", id="option"),
-        pytest.param(["generate", "--max-tokens", "many"], "valid integer", id="not-a-number"),
-        pytest.param(["generate", "--temperature", "hot"], "valid number", id="not-a-float"),
+        pytest.param(
+            ["generate", "--max-tokens", "many"], "'many' is not a valid", id="not-a-number"
+        ),
+        pytest.param(
+            ["generate", "--temperature", "hot"], "'hot' is not a valid", id="not-a-float"
+        ),
         pytest.param(["generate", "a", "b"], "unexpected extra argument", id="two-models"),
         pytest.param(["generate", "--prompt"], "requires an argument", id="no-value"),
         pytest.param(["verify"], "Missing argument", id="no-store"),

@@ -28,12 +28,11 @@ def status(name: str) -> int:
 
 def grown_by(arguments: list[str], *, since: int) -> int:
     """Peak of the resident set while the command runs, above `since`. Raises if it fails."""
-    from outrider.runtime.cli import main as outrider
+    from outrider.runtime.cli import app as outrider  # `main` would end the process
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-    sys.argv = ["outrider", *arguments]
     try:
-        outrider()
+        outrider(arguments)
     except SystemExit as end:
         if end.code:
             raise
