@@ -19,7 +19,8 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
     `context` tokens are seen before the one that is forecast; `horizon` is the furthest token
     forecast. `width`, `layers` and `heads` size the encoder, `clusters` the groups of experts of a
-    layer. `balanced` weighs rare experts up; `cluster_weight` is the weight of the cluster loss.
+    layer. `balanced` weighs rare experts up; `auxiliary_weight` weighs
+    the loss of the cluster head, or of the confidence head.
     `patience` epochs without a better validation loss end the training.
     """
 
@@ -36,7 +37,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     patience: int = 2
     loss: Loss = "bce"
     balanced: bool = False
-    cluster_weight: float = 0.1
+    auxiliary_weight: float = 0.1
     curriculum: Curriculum = "none"
     precision: Precision = "no"
     checkpointing: bool = False
@@ -68,7 +69,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "epochs": (1, 10_000),
     "batch_size": (1, 1_048_576),
     "patience": (1, 10_000),
-    "cluster_weight": (0.0, 100.0),
+    "auxiliary_weight": (0.0, 100.0),
     "width": (8, 8192),
     "layers": (1, 64),
     "heads": (1, 64),
