@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import UsageError
 from ..provenance import DEFAULT
 from ..sizes import format_bytes
-from . import options
+from . import options, replay
 from .display import print_json, progress_bars, stderr_console
 
 app = typer.Typer(
@@ -22,6 +22,8 @@ app = typer.Typer(
     no_args_is_help=True,
     help="Measure hit rates, speeds and bytes; each prints a table, or JSON with --json.",
 )
+
+app.command("hit-rate")(replay.hit_rate)
 
 _PACKAGE = "outrider.bench"
 _DEFAULT_BUDGET = "25%"

@@ -1,0 +1,208 @@
+"""`outrider bench hit-rate` and `simulate`: options and tables of what is replayed, not run.
+
+The runtime never imports what replays: modules are named by string and imported when called.
+"""
+
+import importlib
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from ..errors import UsageError
+from ..sizes import parse_bytes
+from . import options
+from .display import print_json, progress_bars, stderr_console
+from .startup import heavy_imports
+
+_PACKAGE = "outrider.bench"
+_BUDGETS = "5%,10%,25%,50%,75%"
+_POLICIES = "lru,lfu,layer-lru,layer-lfu,static,forecast,belady"
+_PREDICTORS = "random,frequent,statistics,oracle"
+_SAMPLE_TOKENS = 1500
+
+Traces = Annotated[
+    list[Path] | None,
+    typer.Argument(help="trace folders of one model [the built-in model on its sample text]"),
+]
+Policies = Annotated[str, typer.Option(help="demand-only rows, with commas")]
+Predictors = Annotated[
+    str,
+    typer.Option(help="names or folders made by outrider train, with commas; none for no such row"),
+]
+Budgets = Annotated[str, typer.Option(help="shares of all routed experts, with commas")]
+Links = Annotated[
+    list[str] | None,
+    typer.Option("--link", help="speed of the link, 25GB/s; may be repeated [the device's]"),
+]
+Format = Annotated[str, typer.Option(help="of the experts: fp32, bf16, int8, int4, nf4")]
+Tokens = Annotated[int | None, typer.Option(min=1, help="tokens to replay at most")]
+Split = Annotated[str, typer.Option(help="train, validation, test, or all")]
+PromptTokens = Annotated[
+    int, typer.Option(min=1, help="of each sequence: seen by predictors, not counted")
+]
+WithPrompts = Annotated[
+    bool, typer.Option("--with-prompts", help="let prompts pass through the cache as well")
+]
+Prefetch = Annotated[str, typer.Option(help="on, auto (the controller decides), or off")]
+Eviction = Annotated[
+    str | None, typer.Option(help="policy of the rows that prefetch [the engine's default]")
+]
+Seed = Annotated[int, typer.Option(min=0, help="of random forecasts, fits and resamples")]
+Workers = Annotated[int | None, typer.Option(min=1, help="processes [one a processor]")]
+Plot = Annotated[Path | None, typer.Option(help="also draw the result into this PNG file")]
+
+
+def hit_rate(
+    traces: Traces = None,
+    policies: Policies = _POLICIES,
+    predictors: Predictors = _PREDICTORS,
+    budgets: Budgets = _BUDGETS,
+    link: Links = None,
+    device: Annotated[str, typer.Option(help="profile that gives the times")] = "cpu",
+    format: Format = "bf16",
+    tokens: Tokens = None,
+    split: Split = "test",
+    prompt_tokens: PromptTokens = 4,
+    with_prompts: WithPrompts = False,
+    prefetch: Prefetch = "on",
+    eviction: Eviction = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    plot: Plot = None,
+    json: options.Json = False,
+) -> None:
+    """Replay recorded routing through the real cache: every policy, predictor and budget.
+
+    No model is run: hits and bytes are counted, times are simulated from a device's profile. First
+    each policy without prefetching, then each predictor reading ahead. Same slots for all in a
+    budget; warm rows leave out the first tokens. Belady, one cache over all layers, is the bound.
+    Predictors given by name are fitted to the train split first.
+    """
+    with ExitStack() as stack:
+        module, wanted = _wanted(
+            stack,
+            traces,
+            {
+                "policies": _names(policies),
+                "predictors": tuple(name for name in _names(predictors) if name != "none"),
+                "budgets": _names(budgets),
+                "links": tuple(_rate(one) for one in link or ()),
+                "device": device,
+                "format": format,
+                "tokens": tokens,
+                "split": split,
+                "prompt_tokens": prompt_tokens,
+                "has_prompts": with_prompts,
+                "prefetch": prefetch,
+                "eviction": eviction,
+                "seed": seed,
+                "workers": workers,
+            },
+        )
+        if plot is not None:
+            _module("plot").require()
+        with progress_bars() as progress:
+            document = module.bench_hit_rate(wanted, progress=progress)
+    if plot is not None:
+        _module("curves").plot_hit_rates(document, plot)
+    if json:
+        print_json(document)
+        return
+    _print_hit_rates(document)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"{_PACKAGE}.{name}")
+
+
+def _wanted(stack: ExitStack, traces: list[Path] | None, given: dict[str, Any]) -> tuple[Any, Any]:
+    """The hit-rate module and its options; collects a sample where no traces were given."""
+    with heavy_imports():
+        module = _module("hit_rate")
+        shapes, devices, forecaster = map(_module, ("model_shapes", "devices", "forecaster"))
+    device = devices.find_device(given.pop("device"))
+    tokens = given.pop("tokens")
+    if not traces:
+        stderr_console().print("no traces given: collecting some of the built-in model")
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="outrider-traces-")))
+        traces = [_module("sample").collect_sample(folder / "traces", seed=given["seed"])]
+        tokens = tokens or _SAMPLE_TOKENS
+    source = forecaster.Source(
+        directories=tuple(traces),
+        split=given.pop("split"),
+        max_tokens=tokens,
+        prompt_tokens=given.pop("prompt_tokens"),
+        seed=given.pop("seed"),
+    )
+    geometry = given.pop("geometry", None) or shapes.geometry_for(source.shape)
+    if given["eviction"] is None:
+        del given["eviction"]
+    return module, module.HitRateOptions(source=source, device=device, geometry=geometry, **given)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _rate(text: str) -> float:
+    """Bytes a second of 25GB/s or 25GB."""
+    try:
+        return float(parse_bytes(text.removesuffix("/s")))
+    except UsageError as error:
+        raise UsageError(f"link {text!r}: accepted are speeds such as 25GB/s or 500MB/s") from error
+
+
+def _print_hit_rates(document: dict[str, Any]) -> None:
+    settings = document["settings"]
+    rows = [row for row in document["rows"] if row["cache"] == "warm"]
+    console = Console(highlight=False)
+    for budget in dict.fromkeys(row["budget"] for row in rows):
+        table = Table(title=f"{budget} of the experts", title_justify="left", box=None,
+                      padding=(0, 1, 0, 0))  # fmt: skip
+        for heading in ("policy", "predictor"):
+            table.add_column(heading, no_wrap=True)
+        for heading in _COLUMNS:
+            table.add_column(heading, justify="right", no_wrap=True)
+        for row in rows:
+            if row["budget"] == budget:
+                table.add_row(*_cells(row))
+        console.print(table)
+    first = rows[0]
+    typer.echo(
+        f"{settings['tokens']} tokens of {settings['documents']} documents, warm; "
+        f"{settings['model_shape']}, {settings['format']}. Hits, bytes: counted. Stall and tokens "
+        f"per second: SIMULATED for {first['device']}. Without a mark a row reads nothing ahead; + "
+        "marks prefetching."
+    )
+    if not first["is_stable"]:
+        typer.echo(f"Only {first['tokens']} tokens are counted: rates of other text will differ.")
+
+
+# Two lines each, so that the table fits 80 columns.
+_COLUMNS = ("hits", "late", "miss", "recall\nmisses", "preci-\nsion", "MB\nread", "MB\nwasted",
+            "stall\nms", "tokens\n/s")  # fmt: skip
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{100 * share:.1f}"
+
+    predictor = Path(row["predictor"]).name
+    return [
+        row["policy"],
+        "" if predictor == "none" else predictor + ("" if row["prefetch"] == "off" else " +"),
+        percent(row["hit_rate"]),
+        percent(row["late_rate"]),
+        percent(row["miss_rate"]),
+        percent(row.get("recall_on_misses")),
+        percent(row["precision"]),
+        f"{row['bytes_per_token'] / 1e6:.2f}",
+        f"{row['wasted_bytes_per_token'] / 1e6:.2f}",
+        f"{1000 * row['stall_s_per_token']:.2f}",
+        f"{row['tokens_per_second']:.1f}",
+    ]
