@@ -125,14 +125,28 @@ class ExpertCase:
             for part in part_shapes(self.fmt, *self.shapes[name])
         }
 
-    def product(self, rows: Tensor, name: str, slot: int) -> Tensor:
+    def rows_of(self, name: str, slot: int, count: int) -> dict[str, Tensor]:
+        """The first `count` rows of one projection as a matrix of its own, by part."""
+        height = self.shapes[name][0]
+        return {
+            part: value[: count * value.shape[0] // height]
+            for part, value in self.parts(name, slot).items()
+        }
+
+    def matrix_product(
+        self, rows: Tensor, parts: Mapping[str, Tensor], shape: tuple[int, int]
+    ) -> Tensor:
+        """rows [M, K] times the [N, K] matrix in `parts` -> [M, N] in fp32, not rounded."""
+        return _blocked_product(rows, parts, self.fmt, shape)
+
+    def expert_product(self, rows: Tensor, name: str, slot: int) -> Tensor:
         """rows [M, K] times one projection [N, K] -> [M, N] in fp32, by its plain definition."""
-        return _blocked_product(rows, self.parts(name, slot), self.fmt, self.shapes[name])
+        return self.matrix_product(rows, self.parts(name, slot), self.shapes[name])
 
     def expert_rows(self, rows: Tensor, slot: int) -> Tensor:
         """The expert in `slot` on rows [M, H] -> [M, H] in fp32, not rounded."""
-        inner = apply_activation(self.product(rows, "gate_up_proj", slot), "silu")
-        return self.product(inner, "down_proj", slot)
+        inner = apply_activation(self.expert_product(rows, "gate_up_proj", slot), "silu")
+        return self.expert_product(inner, "down_proj", slot)
 
 
 def _blocked_product(

@@ -107,17 +107,16 @@ def _launch_seconds(launch: Launch, card: Card) -> tuple[float, str]:
         "memory": card.bytes_per_s,
         "issue": issue / instructions * launch.step_bytes,
     }
-    bound = min(limits, key=lambda name: limits[name])
+    slowest = min(limits, key=lambda name: limits[name])
     full, rest = divmod(launch.num_programs, at_once)
     program_bytes = launch.num_bytes / launch.num_programs
-    seconds = 0.0
+    seconds, bound = 0.0, slowest
+    # A last wave fills no card and takes a time of its own; it names the bound only if it is all.
     for programs, times in ((at_once, full), (rest, 1)):
         if not programs or not times:
             continue
         under_way = programs * launch.step_bytes / card.latency_s
-        if under_way < limits[bound]:
-            bound = "latency" if times > 1 or not full else bound
-        seconds += (
-            times * programs * program_bytes / min(limits["memory"], limits["issue"], under_way)
-        )
+        if under_way < limits[slowest] and (programs == at_once or not full):
+            bound = "latency"
+        seconds += times * programs * program_bytes / min(limits[slowest], under_way)
     return seconds, bound

@@ -20,8 +20,8 @@ from triton.compiler import ASTSource
 
 from . import gathered, grouped_matmul, weighted_sum
 from .blocks import TABLE, Blocks, load_table, table_key
+from .compiled import COMPILED, Figures, variant_name
 
-COMPILED = Path(__file__).with_name("compiled.json")
 ARCHITECTURES = (80, 86, 89, 90)
 # Shared memory one block may have (CUDA C++ programming guide, table of compute capabilities).
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
@@ -51,7 +51,7 @@ class Variant:
     @property
     def name(self) -> str:
         """Key of its row in the table."""
-        return f"{self.kernel}/{self.fmt}/{self.dtype}/sm_{self.arch}"
+        return variant_name(self.kernel, self.fmt, self.dtype, self.arch)
 
     @property
     def weight_loads(self) -> int:
@@ -69,19 +69,6 @@ class Variant:
         table = load_table(TABLE)
         mine = table_key(op, self.fmt, 0, self.arch)
         return table[mine if mine in table else table_key(op, self.fmt, 0, "any")]
-
-
-@dataclass(frozen=True, slots=True)
-class Figures:
-    """Of one variant: registers a thread, bytes spilled a thread, shared bytes a block, warps, the
-    instructions of its longest loop, and how many loads of its PTX take 16 bytes at once."""
-
-    registers: int
-    spill_bytes: int
-    shared_bytes: int
-    num_warps: int
-    loop_instructions: int
-    wide_loads: int
 
 
 def variants(
@@ -133,12 +120,6 @@ def compile_table(chosen: Iterable[Variant]) -> dict[str, Any]:
 def write_table(path: Path = COMPILED) -> None:
     """Compile every variant (minutes) and write their figures; `python -m outrider.kernels.aot`."""
     path.write_text(json.dumps(compile_table(variants()), indent=1) + "\n")
-
-
-def read_table(path: Path = COMPILED) -> tuple[str, dict[str, Figures]]:
-    """The compiler's version and the committed figures by variant name."""
-    document = json.loads(path.read_text())
-    return document["triton"], {name: Figures(**row) for name, row in document["variants"].items()}
 
 
 def _source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:

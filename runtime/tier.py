@@ -32,6 +32,7 @@ from .experts.transfer import ThreadTransfer
 from .models import adapter
 from .models.loading import LoadedModel
 from .sizes import format_bytes, resolve
+from .tuned_blocks import use_tuned_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +115,8 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
     )
     arena = SlotArena(num_slots, source.views, source.nbytes, device=loaded.device)
+    if loaded.device.type == "cuda":
+        use_tuned_blocks()
     arithmetic = _arithmetic(loaded, source, arena)
     # Threads are started last, when nothing is left that could be refused.
     transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import UsageError
 from ..provenance import DEFAULT
 from ..sizes import format_bytes
-from . import options, replay
+from . import bench_kernels, options, replay
 from .display import print_json, progress_bars, stderr_console
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command("hit-rate")(replay.hit_rate)
+app.command()(bench_kernels.kernels)
 
 _PACKAGE = "outrider.bench"
 _DEFAULT_BUDGET = "25%"
@@ -182,13 +183,6 @@ def make_geometry(
     )
     if not report.is_same_function:
         stderr_console().print("not all layers of the source: its text and this one's differ")
-
-
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def kernels(context: typer.Context) -> None:
-    """Bandwidth of the expert kernels against a plain read; see its own --help."""
-    command = typer.main.get_command(_module("kernels").app)
-    command.main(list(context.args), prog_name="outrider bench kernels", standalone_mode=False)
 
 
 def _print_decode(document: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton has no package for this platform")
 
 from outrider.kernels import aot
+from outrider.kernels.compiled import Figures, read_table
 
 # Compiled anew here: one architecture, what decode runs in every format, and a grouped kernel.
 PROGRAM = """
@@ -21,7 +22,7 @@ json.dump(aot.compile_table(chosen), sys.stdout)
 """
 
 
-def _check(variant: aot.Variant, figures: aot.Figures) -> None:
+def _check(variant: aot.Variant, figures: Figures) -> None:
     assert figures.spill_bytes == 0, variant.name
     assert figures.shared_bytes <= aot.SHARED_LIMITS[variant.arch], variant.name
     assert figures.registers <= 255, variant.name
@@ -44,18 +45,18 @@ def test_kernels_compile_for_an_rtx_3090_without_spills_and_as_the_table_says(tm
     )
     assert result.returncode == 0, result.stderr[-4000:]
     document = json.loads(result.stdout)
-    compiled = {name: aot.Figures(**row) for name, row in document["variants"].items()}
+    compiled = {name: Figures(**row) for name, row in document["variants"].items()}
     assert len(compiled) == 14
     by_name = {variant.name: variant for variant in aot.variants(architectures=[86])}
     for name, figures in compiled.items():
         _check(by_name[name], figures)
-    version, table = aot.read_table()
+    version, table = read_table()
     if document["triton"] == version:
         assert compiled == {name: table[name] for name in compiled}, "run make aot"
 
 
 def test_the_committed_table_holds_every_variant_within_its_bounds():
-    _, table = aot.read_table()
+    _, table = read_table()
     chosen = aot.variants()
     assert sorted(table) == sorted(variant.name for variant in chosen)
     for variant in chosen:
@@ -79,8 +80,8 @@ def test_the_longest_loop_is_counted_and_the_padding_behind_a_kernel_is_not():
 
 def test_a_table_with_a_spill_would_fail():
     variant = aot.variants(architectures=[86])[0]
-    figures = aot.read_table()[1][variant.name]
-    spilled = aot.Figures(
+    figures = read_table()[1][variant.name]
+    spilled = Figures(
         registers=255,
         spill_bytes=8,
         shared_bytes=figures.shared_bytes,
