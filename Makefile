@@ -10,7 +10,9 @@ FLOOR := .venv-floor
 FLOOR_TORCH ?= 2.13.0
 FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
-.PHONY: demo test test-slow test-gpu test-floor check fix types nano aot clean help
+SOAK_S ?= 600
+
+.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano aot clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -33,6 +35,9 @@ fix: $(DEVELOPED) ## format, and mend what the linter can
 
 test-slow: $(DEVELOPED) ## soak, fuzz and long tests
 	$(BIN)/python -m pytest -q -m slow --timeout 3600
+
+soak-prefetch: $(DEVELOPED) ## caches, prefetching and faults for ten minutes (SOAK_S=seconds)
+	OUTRIDER_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -q -m slow tests/runtime/test_soak_prefetch.py
 
 test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -18,6 +18,9 @@ from .stats import ExpertTraffic
 
 logger = logging.getLogger(__name__)
 
+MAX_RETRIES = 16
+"""Reads of a layer that are tried again after a copy thread died, which ends what waits for it."""
+
 
 class Acquisition:
     """A context manager over the experts `needed`, distinct and in ascending order.
@@ -44,6 +47,7 @@ class Acquisition:
         self._ready: list[tuple[ExpertKey, Slot]] = []
         self._in_flight: deque[Transfer] = deque()
         self._missing: deque[ExpertKey] = deque()
+        self._num_retries = 0
         self._lease = cache.pin(())
         self.stall_s = 0.0
         self.num_failed_prefetches = 0
@@ -154,10 +158,14 @@ class Acquisition:
         except TransferError as error:
             self._in_flight.remove(copy)
             self._cache.abandon(copy.slot)
-            if copy.kind is Kind.ON_DEMAND:
-                raise
-            logger.warning("prefetch of %s failed, reading it on demand: %s", copy.key, error)
-            self.num_failed_prefetches += 1
+            is_prefetch = copy.kind is Kind.PREFETCH
+            # Who copied may have died with a sound file in hand: others, or we, can read it.
+            if not is_prefetch:
+                if self._num_retries == MAX_RETRIES or not self._transfers.degraded:
+                    raise
+                self._num_retries += 1
+            logger.warning("copying %s failed, reading it on demand: %s", copy.key, error)
+            self.num_failed_prefetches += is_prefetch
             self._missing.appendleft(copy.key)
             self._submit()
             return

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .errors import InsufficientMemoryError
 from .executor import ExpertExecutor, Observer
 from .models import adapter
 from .models.attention import RaggedAttention, Span
@@ -56,7 +57,20 @@ class ModelRunner:
 
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch[Sequence], *, every_row: bool = False) -> StepOutput:
-        """One forward pass. Raises TransferError if an expert cannot be read."""
+        """One forward pass.
+
+        Raises TransferError if an expert cannot be read, InsufficientMemoryError if memory runs out
+        under way: both end this pass and leave the model and its experts usable.
+        """
+        try:
+            return self._run(batch, every_row=every_row)
+        except (MemoryError, torch.OutOfMemoryError) as error:
+            raise InsufficientMemoryError(
+                f"out of memory in a pass of {batch.num_tokens} tokens: {error}; give a smaller "
+                "--expert-memory, or run fewer or shorter requests at once"
+            ) from error
+
+    def _run(self, batch: ScheduledBatch[Sequence], *, every_row: bool) -> StepOutput:
         began = time.perf_counter()
         self._begin(batch)
         token_ids = [
