@@ -19,7 +19,7 @@ from .quantization import FORMATS, GROUP_SIZE
 from .weights import ExpertWeights
 
 _FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
-_DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_PARTS = {"int8": "scale", "int4": "scale", "nf4": "absmax"}
 _STATUS = {
     1: "token_idx holds a token that hidden_states has not",
@@ -32,7 +32,9 @@ class NativeArgumentError(ValueError):
     """An index that points outside the tensors; nothing was computed."""
 
 
-class _Matrix(ctypes.Structure):
+class Matrix(ctypes.Structure):
+    """`Matrix` of csrc/outrider.h."""
+
     _fields_ = (
         ("weight", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
@@ -49,8 +51,8 @@ class _Matrix(ctypes.Structure):
 
 class _Experts(ctypes.Structure):
     _fields_ = (
-        ("gate_up", _Matrix),
-        ("down", _Matrix),
+        ("gate_up", Matrix),
+        ("down", Matrix),
         ("num_slots", ctypes.c_int64),
         ("activation", ctypes.c_int32),
         ("is_concatenated", ctypes.c_int32),
@@ -180,9 +182,7 @@ def expert_outputs(
 ) -> None:
     """Write every assignment's row of `out`; NativeArgumentError for an index out of range."""
     lib = _loaded()
-    descriptor = _experts.get(weights)
-    if descriptor is None:
-        descriptor = _experts[weights] = _describe(weights)
+    descriptor = experts_of(weights)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
     token_idx, slot_ids = token_idx.contiguous(), slot_ids.contiguous()
@@ -197,12 +197,14 @@ def expert_outputs(
         x_stride=hidden_states.stride(0) * hidden_states.element_size(),
         num_assignments=token_idx.shape[0],
         num_out_rows=out.shape[0],
-        format=_DTYPE_IDS[hidden_states.dtype],
+        format=DTYPE_IDS[hidden_states.dtype],
         token_idx_wide=token_idx.dtype == torch.int64,
         slot_ids_wide=slot_ids.dtype == torch.int64,
         out_rows_wide=rows is not None and rows.dtype == torch.int64,
     )
-    _check(lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads))
+    check_status(
+        lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads)
+    )
 
 
 def linear(
@@ -216,16 +218,15 @@ def linear(
     num_threads: int,
 ) -> None:
     """out [T, N] = hidden_states [T, K] by the contiguous [N, K] matrix in `parts`, plus bias."""
-    one = {name: part.unsqueeze(0) for name, part in parts.items()}
-    matrix = _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
-    _check(
+    matrix = matrix_of(parts, shape, fmt=fmt, bias=bias)
+    check_status(
         _loaded().outrider_linear(
             ctypes.byref(matrix),
             hidden_states.data_ptr(),
             out.data_ptr(),
             hidden_states.shape[0],
             hidden_states.stride(0) * hidden_states.element_size(),
-            _DTYPE_IDS[hidden_states.dtype],
+            DTYPE_IDS[hidden_states.dtype],
             num_threads,
         )
     )
@@ -240,10 +241,9 @@ class Product:
     def __init__(
         self, parts: Mapping[str, Tensor], shape: tuple[int, int], *, fmt: str, bias: Tensor | None
     ) -> None:
-        one = {name: part.unsqueeze(0) for name, part in parts.items()}
         self.address = parts["weight"].data_ptr()
         self._kept = (parts, bias)
-        self._matrix = _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
+        self._matrix = matrix_of(parts, shape, fmt=fmt, bias=bias)
         self._pointer = ctypes.byref(self._matrix)
         self._num_outputs, self._num_inputs = shape
         self._call = _loaded().outrider_linear
@@ -257,18 +257,18 @@ class Product:
             out.data_ptr(),
             num_rows,
             self._num_inputs * rows.element_size(),
-            _DTYPE_IDS[rows.dtype],
+            DTYPE_IDS[rows.dtype],
             torch.get_num_threads(),
         )
         if status:
-            _check(status)
+            check_status(status)
         return out
 
 
 def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor) -> None:
     """out [T, H] = the fixed-order sum of contiguous outputs [T, K, H]; weights fp32, ids int64."""
     num_tokens, top_k, hidden = outputs.shape
-    _check(
+    check_status(
         _loaded().outrider_combine(
             outputs.data_ptr(),
             topk_weights.data_ptr(),
@@ -276,7 +276,7 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
             num_tokens,
             top_k,
             hidden,
-            _DTYPE_IDS[outputs.dtype],
+            DTYPE_IDS[outputs.dtype],
             out.data_ptr(),
         )
     )
@@ -293,11 +293,28 @@ def _loaded() -> ctypes.CDLL:
     return lib
 
 
-def _check(status: int) -> None:
+def check_status(status: int) -> None:
+    """Raise what a native call's status means; 0 is nothing."""
     if status == 4:
         raise MemoryError("the native kernels could not allocate their working memory")
     if status:
         raise NativeArgumentError(_STATUS[status])
+
+
+def experts_of(weights: ExpertWeights) -> ctypes.Structure:
+    """The C descriptor of these experts, made once; valid as long as `weights` is alive."""
+    descriptor = _experts.get(weights)
+    if descriptor is None:
+        descriptor = _experts[weights] = _describe(weights)
+    return descriptor
+
+
+def matrix_of(
+    parts: Mapping[str, Tensor], shape: tuple[int, int], *, fmt: str, bias: Tensor | None
+) -> Matrix:
+    """The C descriptor of one contiguous [N, K] matrix; goes by addresses, keeps nothing alive."""
+    one = {name: part.unsqueeze(0) for name, part in parts.items()}
+    return _matrix(one, None if bias is None else bias.unsqueeze(0), shape, fmt=fmt)
 
 
 def _describe(weights: ExpertWeights) -> _Experts:
@@ -315,9 +332,9 @@ def _describe(weights: ExpertWeights) -> _Experts:
 
 def _matrix(
     parts: Mapping[str, Tensor], bias: Tensor | None, shape: tuple[int, int], *, fmt: str
-) -> _Matrix:
+) -> Matrix:
     weight = parts["weight"]
-    matrix = _Matrix(
+    matrix = Matrix(
         weight=weight.data_ptr(),
         weight_stride=weight.stride(0) * weight.element_size(),
         n=shape[0],
@@ -331,5 +348,5 @@ def _matrix(
     if bias is not None:
         matrix.bias = bias.data_ptr()
         matrix.bias_stride = bias.stride(0) * bias.element_size()
-        matrix.bias_format = _DTYPE_IDS[bias.dtype]
+        matrix.bias_format = DTYPE_IDS[bias.dtype]
     return matrix

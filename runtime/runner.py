@@ -12,6 +12,7 @@ from .executor import ExpertExecutor, Observer
 from .models import adapter
 from .models.attention import RaggedAttention, Span
 from .models.loading import LoadedModel
+from .models.token_decoder import TokenDecoder
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .stats import ExpertTraffic
@@ -50,6 +51,7 @@ class ModelRunner:
         self._device = loaded.device
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
+        self._decoder = TokenDecoder.of(loaded.model)
         self._num_passes = 0
         matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
@@ -86,8 +88,32 @@ class ModelRunner:
         rows = [span.end - 1 for span in batch.spans if span.is_last]
         if every_row:
             rows = list(range(batch.num_tokens))
+        with self._threads(batch.num_tokens):
+            if self._decoder is not None and len(token_ids) == len(rows) == 1:
+                kv = batch.spans[0].sequence.kv
+                logits = self._decoder.logits(token_ids[0], positions[0], kv)
+            else:
+                logits = self._forward(batch, token_ids, positions, rows)
+        for span in batch.spans:
+            span.sequence.num_computed += span.num_tokens
+        traffic, stall_s = self._executor.end_step()
+        return StepOutput(
+            sampled=tuple(span.sequence for span in batch.spans if span.is_last),
+            logits=logits.float(),
+            wall_s=time.perf_counter() - began,
+            stall_s=stall_s,
+            traffic=traffic,
+        )
+
+    def _forward(
+        self,
+        batch: ScheduledBatch[Sequence],
+        token_ids: list[int],
+        positions: list[int],
+        rows: list[int],
+    ) -> torch.Tensor:
         spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
-        with self._attention.over(spans), self._threads(batch.num_tokens):
+        with self._attention.over(spans):
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self._device),
                 position_ids=torch.tensor([positions], device=self._device),
@@ -95,16 +121,7 @@ class ModelRunner:
                 use_cache=False,
                 logits_to_keep=torch.tensor(rows, dtype=torch.long, device=self._device),
             )
-        for span in batch.spans:
-            span.sequence.num_computed += span.num_tokens
-        traffic, stall_s = self._executor.end_step()
-        return StepOutput(
-            sampled=tuple(span.sequence for span in batch.spans if span.is_last),
-            logits=output.logits[0].float(),
-            wall_s=time.perf_counter() - began,
-            stall_s=stall_s,
-            traffic=traffic,
-        )
+        return output.logits[0]
 
     @contextmanager
     def _threads(self, num_tokens: int) -> Iterator[None]:

@@ -61,6 +61,18 @@ class SequenceKv:
         all_values[:, :, self.length : total] = values
         return all_keys[:, :, :total], all_values[:, :, :total]
 
+    def room_for_one(
+        self, layer_idx: int, *, like: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's buffers [1, heads, capacity, dim] of keys and values, a row's place free.
+
+        That place is `length`; whoever fills it calls `advance` at the end of the step. `like`
+        [1, heads, 0, dim] has their sizes and dtype. Valid until the layer grows.
+        """
+        total = self.length + 1
+        keys = self._room(self._keys, layer_idx, like, total=total)
+        return keys, self._room(self._values, layer_idx, like, total=total)
+
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens` rows: they are part of the past from now on."""
         self.length += num_tokens
