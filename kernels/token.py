@@ -6,7 +6,7 @@ where the native library is missing, `is_available` says so and a model's own mo
 """
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -215,7 +215,7 @@ def add_residual(x: Tensor, first: Tensor, second: Tensor | None = None) -> None
 
 
 def token_experts(
-    hidden_states: Tensor, slots: list[int], weights: list[float], experts: ExpertWeights
+    hidden_states: Tensor, slots: Sequence[int], weights: Sequence[float], experts: ExpertWeights
 ) -> Tensor:
     """One token's experts, combined: hidden_states [1, H] contiguous -> [1, H].
 

@@ -20,7 +20,7 @@ from ..kernels.expert_mlp import combine
 from ..predictors.base import Forecast, Predictor
 from .acquisition import Acquisition
 from .experts.arithmetic import ExpertArithmetic
-from .experts.cache import CacheCounters, ExpertCache
+from .experts.cache import CacheCounters, ExpertCache, Slot
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
 from .stats import ExpertTraffic
@@ -154,7 +154,8 @@ class ExpertExecutor:
         """The routed experts' output [T, H] of one layer. Raises TransferError.
 
         hidden_states [T, H], topk_ids and topk_weights [T, K] as the router gave them. The copy of
-        `topk_ids` to the host is the one synchronisation of a layer on a device.
+        `topk_ids` to the host is the one synchronisation of a layer on a device. What `module` has
+        as `outrider_meanwhile` is called once the reads of what is missing are under way.
         """
         ids = topk_ids.cpu().numpy()  # [T, K]
         self.cache.advance(self._step, layer_idx)
@@ -166,11 +167,19 @@ class ExpertExecutor:
             prefetcher=self.prefetcher,
             traffic=self._traffic,
         )
+        combined = None
         outputs = hidden_states.new_empty(ids.size, hidden_states.shape[1])  # [T * K, H]
         with acquisition:
             # The misses are being read by now, so forecasting costs no stall.
             self._forecast(layer_idx, hidden_states)
+            meanwhile = getattr(module, "outrider_meanwhile", None)
+            if meanwhile is not None:
+                meanwhile()
             for wave in acquisition.waves():
+                if len(wave) == ids.size:
+                    combined = self._token_sum(wave, hidden_states, rows, topk_weights)
+                    if combined is not None:
+                        continue
                 self._arithmetic.outputs(
                     module,
                     hidden_states,
@@ -182,7 +191,27 @@ class ExpertExecutor:
         self._stall_s += acquisition.stall_s
         if self._observers:
             self._observe(layer_idx, ids, topk_weights, hidden_states)
+        if combined is not None:
+            return combined
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
+
+    def _token_sum(
+        self,
+        wave: list[tuple[ExpertKey, Slot]],
+        hidden_states: torch.Tensor,
+        rows: dict[int, np.ndarray],
+        topk_weights: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """All experts of a single token in one call, or None where it cannot be one."""
+        if hidden_states.shape[0] != 1:
+            return None
+        weights = topk_weights[0].float().tolist()
+        in_order = sorted(wave)
+        return self._arithmetic.token_sum(
+            hidden_states,
+            slots=[slot for _, slot in in_order],
+            topk_weights=[weights[rows[key.expert_idx][0]] for key, _ in in_order],
+        )
 
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
         if self._is_asking and self._observers:

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ...kernels import quantization
+from ...kernels import native, quantization
 from ...kernels.expert_mlp import expert_outputs
+from ...kernels.token import token_experts
 from ...kernels.weights import ExpertWeights
 from .slots import SlotArena
 
@@ -44,6 +45,16 @@ class ExpertArithmetic(Protocol):
         """
         ...
 
+    def token_sum(
+        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
+    ) -> torch.Tensor | None:
+        """One token's experts by slot, weighted and summed in the order given: [1, H] -> [1, H].
+
+        The bits are those of `outputs` and the fixed-order combine where the order is that of
+        ascending expert ids. None where there is no call for it.
+        """
+        ...
+
 
 class KernelArithmetic:
     """The gathered kernels: one call for all experts of a wave."""
@@ -51,6 +62,7 @@ class KernelArithmetic:
     def __init__(self, weights: ExpertWeights, *, impl: str) -> None:
         self._weights = weights
         self._impl = impl
+        self._sums_tokens = impl == "cpu" and native.serves(weights)
 
     def outputs(
         self,
@@ -74,6 +86,14 @@ class KernelArithmetic:
             out_rows=torch.from_numpy(positions),
             impl=self._impl,
         )
+
+    def token_sum(
+        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
+    ) -> torch.Tensor | None:
+        """As `ExpertArithmetic.token_sum`."""
+        if not self._sums_tokens or not hidden_states.is_contiguous():
+            return None
+        return token_experts(hidden_states, slots, topk_weights, self._weights)
 
 
 class ModuleArithmetic:
@@ -102,6 +122,12 @@ class ModuleArithmetic:
             positions = torch.from_numpy(row)
             states = hidden_states[positions // top_k]  # [n, H]
             out[positions] = self._expert(module, slot, states).to(out.dtype)
+
+    def token_sum(
+        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
+    ) -> torch.Tensor | None:
+        """None: this family's experts are computed one by one."""
+        return None
 
     def _expert(self, module: Any, slot: int, states: torch.Tensor) -> torch.Tensor:
         if module.has_gate:

@@ -169,20 +169,35 @@ def _block(layer: Any, config: Any, dtype: torch.dtype) -> Block:
         return lambda x: token.add_residual(x, mlp(norm(x)))
     if isinstance(module, DeepseekMoE):
         shared = module.shared_experts
-        return _moe(norm, module, None if shared is None else _mlp(shared, config, dtype))
+        return _Moe(norm, module, None if shared is None else _mlp(shared, config, dtype))
     return lambda x: token.add_residual(x, module(norm(x)[None])[0])
 
 
-def _moe(norm: RmsNorm, module: DeepseekMoE, shared: TokenMlp | None) -> Block:
-    router: Any = module.gate
-    experts: Any = module.experts
+class _Moe:
+    """A block of routed and shared experts; the shared run while routed ones are being read."""
 
-    def add(x: Tensor) -> None:
-        normed = norm(x)
-        _, topk_weights, topk_ids = router(normed)
-        routed = experts.outrider_function(
-            experts.outrider_layer_idx, experts, normed, topk_ids, topk_weights
-        )
-        token.add_residual(x, routed, None if shared is None else shared(normed))
+    def __init__(self, norm: RmsNorm, module: DeepseekMoE, shared: TokenMlp | None) -> None:
+        self._norm = norm
+        self._router: Any = module.gate
+        self._experts: Any = module.experts
+        self._shared = shared
+        self._normed: Tensor = torch.empty(0)
+        self._shared_output: Tensor | None = None
 
-    return add
+    def __call__(self, x: Tensor) -> None:
+        experts = self._experts
+        self._normed, self._shared_output = self._norm(x), None
+        _, topk_weights, topk_ids = self._router(self._normed)
+        experts.outrider_meanwhile = self._run_shared
+        try:
+            routed = experts.outrider_function(
+                experts.outrider_layer_idx, experts, self._normed, topk_ids, topk_weights
+            )
+        finally:
+            experts.outrider_meanwhile = None
+        self._run_shared()
+        token.add_residual(x, routed, self._shared_output)
+
+    def _run_shared(self) -> None:
+        if self._shared is not None and self._shared_output is None:
+            self._shared_output = self._shared(self._normed)

@@ -1,5 +1,6 @@
 """A single token's short way through the decoder against the model's own modules."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,6 +9,8 @@ from engines import prompt_of
 from families import FAMILIES as ALL_FAMILIES
 
 from outrider.kernels import native
+from outrider.kernels.token import RmsNorm, TokenMlp
+from outrider.runtime.acquisition import Acquisition
 from outrider.runtime.engine import Engine
 from outrider.runtime.models import token_decoder
 from outrider.runtime.models.token_decoder import FAMILIES, TokenDecoder
@@ -105,6 +108,30 @@ def test_keys_and_values_outgrow_their_first_buffer_and_the_first_rotary_table(
         tokens, _ = decoded(engine, monkeypatch, is_short=True)
         expected, _ = decoded(engine, monkeypatch, is_short=False)
     assert tokens == expected
+
+
+def test_shared_experts_run_while_routed_ones_are_read(
+    models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+
+    def told_of(owner: Any, method: str, what: str) -> None:
+        honest = getattr(owner, method)
+
+        def call(*arguments: Any) -> Any:
+            told.append(what)
+            return honest(*arguments)
+
+        monkeypatch.setattr(owner, method, call)
+
+    told_of(TokenMlp, "__call__", "mlp")
+    told_of(RmsNorm, "__call__", "norm")
+    told_of(Acquisition, "_wait", "wait")
+    with models.engine("deepseek", num_slots=1, prefetch="off") as engine:
+        engine.generate([prompt_of(7)], SamplingParams(max_tokens=2, temperature=0.0))
+    decoded = " ".join(told[told.index("norm") :])
+    # One dense layer, then two of experts, top 3 of them in one slot: at least two waits each.
+    assert re.fullmatch("norm mlp (norm mlp (wait ){2,3}){2}norm", decoded), decoded
 
 
 @pytest.mark.parametrize("family", sorted(set(ALL_FAMILIES) - FAMILIES))
