@@ -212,6 +212,10 @@ class Driver:
         except OutriderError as error:
             self._cut(work, Ending(error_of(error)))
             return
+        except Exception as error:  # nothing has run yet, so nobody else is concerned
+            logger.exception("a request could not be begun")
+            self._cut(work, Ending(error_of(error)))
+            return
         work.stream = stream
         self._by_stream[id(stream)] = work
 

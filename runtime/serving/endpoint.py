@@ -43,8 +43,17 @@ class Endpoint:
 
 def default_address() -> str:
     """The ipc address of this user's server."""
-    folder = os.environ.get("XDG_RUNTIME_DIR") or platformdirs.user_runtime_dir()
-    return f"ipc://{Path(folder) / 'outrider' / _SOCKET_NAME}"
+    return f"ipc://{_own_folder() / _SOCKET_NAME}"
+
+
+def _own_folder() -> Path:
+    # Where no runtime folder was made for the user (containers, su), a folder in its home: one in
+    # /tmp could be put there by anybody first.
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    folder = Path(given or f"/run/user/{os.geteuid()}")
+    if given or folder.is_dir():
+        return folder / "outrider"
+    return Path(platformdirs.user_state_dir("outrider"))
 
 
 def parse(address: str) -> Endpoint:

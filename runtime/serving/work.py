@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
-from ..errors import FieldError, TransferError, UsageError
+from ..errors import FieldError, OutriderError, TransferError, UsageError
 from .backend import SampledToken, Stream
 from .messages import Candidate, Chunk, Done, Error, Generate, TokenLogprob, Usage
 
@@ -136,7 +136,10 @@ def error_of(error: Exception | None) -> Error:
     if isinstance(error, UsageError):
         field = error.field if isinstance(error, FieldError) else None
         return Error(code="invalid_request", message=str(error), field=field)
-    return Error(code="internal", message=str(error) or "the request failed")
+    if isinstance(error, OutriderError):
+        return Error(code="internal", message=str(error))
+    # The error itself goes to the log: it may hold what another client must not see.
+    return Error(code="internal", message="the request failed; the server's log says how")
 
 
 def _logprob(token: SampledToken, text_of: Any) -> TokenLogprob:

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from outrider.runtime.detokenizer import Detokenizer
-from outrider.runtime.errors import TransferError
+from outrider.runtime.errors import FieldError, TransferError
 from outrider.runtime.scheduler import BatchLimits, Scheduler
 from outrider.runtime.serving import endpoint, keys, log
 from outrider.runtime.serving.backend import ExpertTotals
@@ -31,6 +31,7 @@ CONTEXT_TOKENS = 8192
 VOCAB_SIZE = 256
 NUM_LAYERS, NUM_EXPERTS = 2, 4
 ECHO = "echo:"
+SLOW_STEP_S = 0.25
 # Both sides of a connection may be stopped for minutes by whoever measures something.
 PATIENT = LinkOptions(heartbeat_s=60, heartbeat_timeout_s=600)
 
@@ -81,7 +82,10 @@ class DoubleStream:
 
 
 class DoubleBackend:
-    """Prompts that are orders: `die` ends the engine, `hang` stops it, `fail` fails its pass.
+    """Prompts that are orders: `die` ends the engine, `hang` stops it, `fail` fails its pass,
+    `trip` is not even begun.
+
+    A pass with a prompt that begins with `slow` takes a quarter of a second.
 
     `totals().cache_bytes` is the KV memory promised, in tokens, so that a leak of it shows.
     """
@@ -103,6 +107,7 @@ class DoubleBackend:
             has_chat_template=False,
         )
         self._step_s = step_s
+        self._max_kv_tokens = max_kv_tokens
         self._num_steps = 0
         self._scheduler: Scheduler[DoubleStream] = Scheduler(
             BatchLimits(
@@ -135,7 +140,11 @@ class DoubleBackend:
             answer(bytes(token_ids), request.max_tokens),
             Detokenizer(ByteTokenizer(), stop=request.stop),
         )
+        if bytes(token_ids) == b"trip":
+            raise RuntimeError("told to trip")
         num_tokens = len(token_ids) + request.max_tokens
+        if num_tokens > self._max_kv_tokens:
+            raise FieldError("max_tokens", f"there are {self._max_kv_tokens} tokens in all")
         self._scheduler.add(stream, owner=owner, num_kv_tokens=num_tokens)
         return stream
 
@@ -143,9 +152,10 @@ class DoubleBackend:
         batch = self._scheduler.schedule()
         if not batch.spans:
             return {}
-        time.sleep(self._step_s)
-        self._num_steps += 1
         prompts = [bytes(span.sequence.prompt_token_ids) for span in batch.spans]
+        is_slow = any(prompt.startswith(b"slow") for prompt in prompts)
+        time.sleep(SLOW_STEP_S if is_slow else self._step_s)
+        self._num_steps += 1
         if b"die" in prompts:
             raise RuntimeError("told to die")
         while b"hang" in prompts:

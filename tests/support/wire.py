@@ -1,8 +1,10 @@
 """The protocol by hand: pyzmq and msgpack, nothing of ours, as a client in another language has it.
 
 Waits are counted in polls of a second, many of them: the machine may stand still meanwhile.
+Run as a program it takes an address, a prompt and a number of tokens, and says when they flow.
 """
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -106,3 +108,17 @@ def reconcile(stats: dict[str, Any]) -> None:
     assert stats["requests_started_total"] == sum(stats["requests_total"].values())
     assert stats["e2e_request_latency_seconds"]["count"] == stats["requests_started_total"]
     assert stats["expert_cache_bytes"] == 0  # the double's KV memory
+
+
+def main(address: str, prompt: str, num_tokens: int) -> None:
+    """Take a stream to its end, one line on stdout at its first chunk."""
+    with wire(address) as one:
+        one.generate(b"a", prompt, num_tokens)
+        one.receive()
+        sys.stdout.write("flows\n")
+        sys.stdout.flush()
+        one.collect(b"a")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
