@@ -11,6 +11,7 @@ import numpy as np
 from ..predictors import metrics
 from .arms import ArmSpec
 from .foretold import Foretold
+from .prediction.misses import lru_missed
 from .replay import COUNTS
 from .routing import STABLE_TOKENS, Routing
 
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 _AT = {name: index for index, name in enumerate(COUNTS)}
 REPLICATES = 500
-LRU_POLICIES = ("lru", "layer-lru")
 
 
 class RowMaker:
@@ -113,31 +113,6 @@ class RowMaker:
                     "recall_on_misses": _share(foretold_misses.sum(), misses.sum()),
                 }
         return recalls
-
-
-def lru_missed(ids: np.ndarray, num_experts: int, *, num_slots: int) -> np.ndarray:
-    """Which look-ups [T, L, k] a global LRU of `num_slots` misses, starting from nothing.
-
-    By stack distance: a use misses if as many other experts were used since its last one as there
-    are slots. A layer's experts are looked up together, in ascending order.
-    """
-    from collections import OrderedDict
-
-    held: OrderedDict[int, None] = OrderedDict()
-    missed = np.zeros(ids.shape, dtype=bool)
-    for token, layers in enumerate(ids.tolist()):
-        for layer_idx, chosen in enumerate(layers):
-            base = layer_idx * num_experts
-            for place in sorted(range(len(chosen)), key=chosen.__getitem__):
-                key = base + chosen[place]
-                if key in held:
-                    held.move_to_end(key)
-                else:
-                    missed[token, layer_idx, place] = True
-                    if len(held) >= num_slots:
-                        held.popitem(last=False)
-                    held[key] = None
-    return missed
 
 
 def _found(best: np.ndarray, ids: np.ndarray) -> np.ndarray:

@@ -166,8 +166,12 @@ class Replay:
             stall_s += stall
             seconds += elapsed
             _count_prefetches(traffic, before, self.cache.counters)
+        before = astuple(self.cache.counters)
+        # What is still queued for tokens that never come is cancelled here, and counted.
+        self._prefetcher.begin()
+        _count_prefetches(total, before, self.cache.counters)
         started = total.prefetch_issued - total.prefetch_cancelled
-        total.bytes_prefetched = max(0, started) * self._arm.carriage.expert_bytes
+        total.bytes_prefetched = started * self._arm.carriage.expert_bytes
         total.check()
         return [*astuple(total), len(passes) - 1, stall_s, seconds]
 

@@ -23,25 +23,45 @@ def missed_look_ups(
     """
     num_slots = max(1, int(share * shape.num_moe_layers * shape.num_experts))
     resident: OrderedDict[int, None] = OrderedDict()
-
-    def use(keys: Sequence[int]) -> None:
-        for key in keys:
-            resident[key] = None
-            resident.move_to_end(key)
-        while len(resident) > num_slots:
-            resident.popitem(last=False)
-
-    first_key = np.arange(shape.num_moe_layers)[:, None] * shape.num_experts
     reports = []
     for window in windows:
-        keys = window.topk_ids + first_key  # [T, L, k]
-        for layer_keys in keys[:prompt_tokens].swapaxes(0, 1):
-            use(np.unique(layer_keys).tolist())
-        steps = keys[prompt_tokens:]
-        is_missed = np.zeros(steps.shape, dtype=bool)
-        for step, layers in enumerate(steps.tolist()):
-            for layer_idx, asked in enumerate(layers):
-                is_missed[step, layer_idx] = [key not in resident for key in asked]
-                use(asked)
-        reports.append(is_missed)
+        prompt = window.topk_ids[:prompt_tokens]  # [T, L, k]
+        for layer_keys in _keys(prompt, shape.num_experts).swapaxes(0, 1):
+            _use(resident, np.unique(layer_keys).tolist(), num_slots)
+        steps = window.topk_ids[prompt_tokens:]
+        reports.append(lru_missed(steps, shape.num_experts, num_slots=num_slots, held=resident))
     return reports
+
+
+def lru_missed(
+    topk_ids: np.ndarray,
+    num_experts: int,
+    *,
+    num_slots: int,
+    held: OrderedDict[int, None] | None = None,
+) -> np.ndarray:
+    """Which look-ups [T, L, k] of decode steps one global LRU of `num_slots` misses.
+
+    It begins with what is `held`, least recent first, and keeps it up to date.
+    """
+    resident = OrderedDict() if held is None else held
+    missed = []
+    for layers in _keys(topk_ids, num_experts).tolist():
+        of_step = []
+        for asked in layers:
+            of_step.append([key not in resident for key in asked])
+            _use(resident, asked, num_slots)
+        missed.append(of_step)
+    return np.array(missed, dtype=bool).reshape(topk_ids.shape)
+
+
+def _keys(topk_ids: np.ndarray, num_experts: int) -> np.ndarray:
+    return topk_ids + np.arange(topk_ids.shape[1])[:, None] * num_experts
+
+
+def _use(resident: OrderedDict[int, None], keys: Sequence[int], num_slots: int) -> None:
+    for key in keys:
+        resident[key] = None
+        resident.move_to_end(key)
+    while len(resident) > num_slots:
+        resident.popitem(last=False)
