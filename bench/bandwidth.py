@@ -119,14 +119,15 @@ def _is_cached(descriptor: int, offset: int) -> bool:
 
 
 def _open(file: Path) -> tuple[int, bool]:
-    descriptor = _open_direct(file)
+    descriptor = open_direct(file)
     if descriptor is not None:
         return descriptor, True
     drop_page_cache([file])
     return os.open(file, os.O_RDONLY), False
 
 
-def _open_direct(file: Path) -> int | None:
+def open_direct(file: Path) -> int | None:
+    """A descriptor of `file` whose reads go past the page cache; None where there are none such."""
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_DIRECT)
     except OSError:

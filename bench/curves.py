@@ -34,8 +34,16 @@ def label(row: dict[str, Any]) -> str:
 
 
 def plot_hit_rates(document: dict[str, Any], path: Path) -> None:
-    """Two panels, demand-only and prefetching, Belady in both. OutriderError for a bad path."""
+    """Draw `hit_rate_figure` into a PNG file. OutriderError for a bad path."""
     require()
+    try:
+        hit_rate_figure(document).savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise OutriderError(f"plot: {path} cannot be written: {error}") from error
+
+
+def hit_rate_figure(document: dict[str, Any]) -> Any:
+    """Two panels, demand-only and prefetching, Belady in both. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     curves = series(document)
@@ -64,7 +72,4 @@ def plot_hit_rates(document: dict[str, Any], path: Path) -> None:
         f"{settings['documents']} documents",
         fontsize=9,
     )
-    try:
-        figure.savefig(path, dpi=150, format="png")
-    except OSError as error:
-        raise OutriderError(f"plot: {path} cannot be written: {error}") from error
+    return figure

@@ -62,7 +62,7 @@ def bench_hit_rate(options: HitRateOptions, *, progress: Progress) -> dict[str, 
 
     Raises UsageError for unknown names and too few tokens.
     """
-    _check(options)
+    check(options)
     around = environment()
     routing = options.source.read()
     with workspace(options.workers) as (folder, pool):
@@ -215,7 +215,8 @@ def _collect(jobs: dict[Future, Any], what: str, progress: Progress) -> dict[Any
     return results
 
 
-def _check(options: HitRateOptions) -> None:
+def check(options: HitRateOptions) -> None:
+    """UsageError for names that are unknown, before anything is read."""
     known = (*EVICTIONS, BELADY)
     for name in (*options.policies, options.eviction):
         if name not in known:

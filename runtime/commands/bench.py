@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import UsageError
 from ..provenance import DEFAULT
 from ..sizes import format_bytes
-from . import bench_kernels, options, replay
+from . import bench_kernels, bench_results, options, replay
 from .display import print_json, progress_bars, stderr_console
 
 app = typer.Typer(
@@ -25,6 +25,11 @@ app = typer.Typer(
 
 app.command("hit-rate")(replay.hit_rate)
 app.command()(bench_kernels.kernels)
+app.command("simulate")(replay.simulate)
+app.command()(bench_results.transfer)
+app.command()(bench_results.compare)
+app.command()(bench_results.report)
+app.command()(bench_results.schema)
 
 _PACKAGE = "outrider.bench"
 _DEFAULT_BUDGET = "25%"

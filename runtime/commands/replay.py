@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from ..errors import UsageError
 from ..sizes import parse_bytes
 from . import options
 from .display import print_json, progress_bars, stderr_console
+from .replay_tables import print_fit, print_hit_rates, print_simulation
 from .startup import heavy_imports
 
 _PACKAGE = "outrider.bench"
@@ -113,7 +112,100 @@ def hit_rate(
     if json:
         print_json(document)
         return
-    _print_hit_rates(document)
+    print_hit_rates(document)
+
+
+def simulate(
+    traces: Traces = None,
+    device: Annotated[
+        str | None, typer.Option(help="profile of a device [rtx3090; with --fit, every one]")
+    ] = None,
+    model_shape: Annotated[
+        str, typer.Option(help="a known shape, a config.json or the folder it is in")
+    ] = "deepseek-moe-16b",
+    fit: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL",
+            help="only say what fits and how fast at best, of a known shape or a config.json",
+        ),
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="of the experts: fp32, bf16, int8, int4, nf4 [bf16]")
+    ] = None,
+    context_tokens: Annotated[int, typer.Option(min=1, help="tokens the KV cache holds")] = 4096,
+    policies: Policies = "layer-lru,layer-lfu,forecast,belady",
+    predictors: Predictors = _PREDICTORS,
+    budgets: Annotated[
+        str, typer.Option(help="auto (what the device has room for), shares or sizes, with commas")
+    ] = "auto",
+    link: Links = None,
+    tokens: Tokens = None,
+    split: Split = "test",
+    prompt_tokens: PromptTokens = 4,
+    prefetch: Prefetch = "on",
+    eviction: Eviction = None,
+    seed: Seed = 0,
+    workers: Workers = None,
+    plot: Plot = None,
+    json: options.Json = False,
+) -> None:
+    """SIMULATED tokens per second of a model on a card that is not here.
+
+    Replays recorded routing with the model's sizes and the device's bandwidths; nothing is run.
+    Roofline: 1 / max(weights of a token / memory read, bytes the best LRU misses / link). With
+    --fit MODEL no traces are needed: what fits and the bounds, from a config file alone.
+    """
+    with heavy_imports():
+        shapes, devices = map(_module, ("model_shapes", "devices"))
+    if fit is not None:
+        document = _module("fit").bench_fit(
+            shapes.find_geometry(fit),
+            [devices.find_device(device)] if device else (),
+            formats=(format,) if format else _module("fit").FORMATS,
+            context_tokens=context_tokens,
+        )
+        if json:
+            print_json(document)
+        else:
+            print_fit(document)
+        return
+    with ExitStack() as stack:
+        module, wanted = _wanted(
+            stack,
+            traces,
+            {
+                "policies": _names(policies),
+                "predictors": tuple(name for name in _names(predictors) if name != "none"),
+                "budgets": _names(budgets),
+                "links": tuple(_rate(one) for one in link or ()),
+                "device": device or "rtx3090",
+                "geometry": shapes.find_geometry(model_shape),
+                "format": format or "bf16",
+                "tokens": tokens,
+                "split": split,
+                "prompt_tokens": prompt_tokens,
+                "prefetch": prefetch,
+                "eviction": eviction,
+                "seed": seed,
+                "workers": workers,
+            },
+        )
+        module = _module("simulate")
+        asked = module.SimulateOptions(replay=wanted, context_tokens=context_tokens)
+        if "auto" in wanted.budgets:
+            # Before traces are collected or read.
+            asked.fit.require()
+        if plot is not None:
+            _module("plot").require()
+        with progress_bars() as progress:
+            document = module.bench_simulate(asked, progress=progress)
+    if plot is not None:
+        _module("curves").plot_hit_rates(document, plot)
+    if json:
+        print_json(document)
+        return
+    print_simulation(document)
 
 
 def _module(name: str) -> Any:
@@ -155,54 +247,3 @@ def _rate(text: str) -> float:
         return float(parse_bytes(text.removesuffix("/s")))
     except UsageError as error:
         raise UsageError(f"link {text!r}: accepted are speeds such as 25GB/s or 500MB/s") from error
-
-
-def _print_hit_rates(document: dict[str, Any]) -> None:
-    settings = document["settings"]
-    rows = [row for row in document["rows"] if row["cache"] == "warm"]
-    console = Console(highlight=False)
-    for budget in dict.fromkeys(row["budget"] for row in rows):
-        table = Table(title=f"{budget} of the experts", title_justify="left", box=None,
-                      padding=(0, 1, 0, 0))  # fmt: skip
-        for heading in ("policy", "predictor"):
-            table.add_column(heading, no_wrap=True)
-        for heading in _COLUMNS:
-            table.add_column(heading, justify="right", no_wrap=True)
-        for row in rows:
-            if row["budget"] == budget:
-                table.add_row(*_cells(row))
-        console.print(table)
-    first = rows[0]
-    typer.echo(
-        f"{settings['tokens']} tokens of {settings['documents']} documents, warm; "
-        f"{settings['model_shape']}, {settings['format']}. Hits, bytes: counted. Stall and tokens "
-        f"per second: SIMULATED for {first['device']}. Without a mark a row reads nothing ahead; + "
-        "marks prefetching."
-    )
-    if not first["is_stable"]:
-        typer.echo(f"Only {first['tokens']} tokens are counted: rates of other text will differ.")
-
-
-# Two lines each, so that the table fits 80 columns.
-_COLUMNS = ("hits", "late", "miss", "recall\nmisses", "preci-\nsion", "MB\nread", "MB\nwasted",
-            "stall\nms", "tokens\n/s")  # fmt: skip
-
-
-def _cells(row: dict[str, Any]) -> list[str]:
-    def percent(share: float | None) -> str:
-        return "" if share is None else f"{100 * share:.1f}"
-
-    predictor = Path(row["predictor"]).name
-    return [
-        row["policy"],
-        "" if predictor == "none" else predictor + ("" if row["prefetch"] == "off" else " +"),
-        percent(row["hit_rate"]),
-        percent(row["late_rate"]),
-        percent(row["miss_rate"]),
-        percent(row.get("recall_on_misses")),
-        percent(row["precision"]),
-        f"{row['bytes_per_token'] / 1e6:.2f}",
-        f"{row['wasted_bytes_per_token'] / 1e6:.2f}",
-        f"{1000 * row['stall_s_per_token']:.2f}",
-        f"{row['tokens_per_second']:.1f}",
-    ]

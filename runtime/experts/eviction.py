@@ -289,6 +289,7 @@ class StaticEviction(LookBack):
 
     def __init__(self, shape: ModelShape, num_slots: int) -> None:
         self._counts = FrequencyRanking(math.inf)
+        # Of all experts while counting, then of those outside of the hot set.
         self._recency = RecencyRanking()
         self._uses: dict[ExpertKey, int] = {}
         self._warmup = WARMUP_TOKENS * shape.top_k * shape.num_moe_layers
@@ -297,7 +298,8 @@ class StaticEviction(LookBack):
 
     def admit(self, key: ExpertKey) -> None:
         self._counts.add(key)
-        self._recency.add(key)
+        if key not in self._hot:
+            self._recency.add(key)
 
     def touch(self, key: ExpertKey) -> None:
         self._recency.touch(key)
@@ -308,6 +310,8 @@ class StaticEviction(LookBack):
             if self._warmup == 0:
                 ranked = sorted(self._uses, key=lambda key: (-self._uses[key], key))
                 self._hot = frozenset(ranked[: self._hot_slots])
+                for hot in self._hot:
+                    self._recency.discard(hot)
 
     def discard(self, key: ExpertKey) -> None:
         self._counts.discard(key)
@@ -315,7 +319,7 @@ class StaticEviction(LookBack):
 
     def victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         if self._hot:
-            key = self._recency.first(lambda key: key not in self._hot and evictable(key))
+            key = self._recency.first(evictable)
             if key is not None:
                 return key
         return self._counts.first(evictable)

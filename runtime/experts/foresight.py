@@ -98,7 +98,11 @@ class ForecastEviction(LayerLfuEviction):
         self._late: set[ExpertKey] = set()
         self._shortlist: deque[ExpertKey] = deque()
         self._worths: np.ndarray | None = None
-        self._lags = (np.arange(layers) + 1.0) / layers
+        # Layers come round in order: the next one soonest, this one in a whole token.
+        lags = (np.arange(layers) + 1.0) / layers
+        self._nearness = [
+            (discount ** np.roll(lags, split))[:, None] for split in range(layers + 1)
+        ]
         self._length = SHORTLIST * shape.top_k
 
     def admit(self, key: ExpertKey) -> None:
@@ -209,8 +213,7 @@ class ForecastEviction(LayerLfuEviction):
         worth *= discount
         worth *= 1.0 - first
         worth += first
-        # Layers come round in order: the next one soonest, this one in a whole token.
-        worth *= (discount ** np.roll(self._lags, split))[:, None]
+        worth *= self._nearness[split]
         return worth
 
     def _mixed(self, step: int, split: int, *, otherwise: np.ndarray) -> np.ndarray:

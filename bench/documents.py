@@ -1,0 +1,350 @@
+"""The forms of benchmark documents, one struct a kind: their JSON schema, and reading them back.
+
+Fields may be added to a document; those named here are there, with these types.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from ..runtime.errors import InvalidDataError, UsageError
+
+Number = float | None
+Interval = tuple[float, float] | None
+
+
+class Surroundings(msgspec.Struct, kw_only=True):
+    """What a run was taken with; see `environment`."""
+
+    commit: str | None
+    has_uncommitted_changes: bool | None
+    date: str
+    versions: dict[str, str]
+    platform: str
+    cpu: str
+    num_cpus: int
+    memory_bytes: int
+    load_average: tuple[float, ...]
+
+
+class Spread(msgspec.Struct, kw_only=True):
+    """A median's interval, and how many values it is of."""
+
+    low: float
+    high: float
+    confidence: float
+    count: int
+
+
+class Stamped(msgspec.Struct, kw_only=True):
+    """What every row carries by itself."""
+
+    commit: str | None
+    date: str
+    versions: dict[str, str]
+    cpu: str
+    num_cpus: int
+
+
+class ReplayRow(Stamped, kw_only=True):
+    """One policy, predictor and budget, warm or cold."""
+
+    policy: str
+    predictor: str
+    prefetch: Literal["on", "off", "auto"]
+    budget: str
+    hit_rate: Number
+    late_rate: Number
+    miss_rate: Number
+    bytes_per_token: Number
+    on_demand_bytes_per_token: Number
+    prefetched_bytes_per_token: Number
+    wasted_bytes_per_token: Number
+    stall_s_per_token: Number
+    tokens_per_second: Number
+    precision: Number
+    ci: dict[str, Interval]
+    cache: Literal["warm", "cold"]
+    simulated: Literal[True]
+    slots: int
+    experts: int
+    budget_bytes: int
+    expert_bytes: int
+    link_bytes_per_s: float
+    format: str
+    device: str
+    model_shape: str
+    tokens: int
+    documents: int
+    is_stable: bool
+    seed: int
+    repetitions: int
+    model: str
+    fingerprint: str
+    recall_at_k: Number = None
+    recall_on_misses: Number = None
+
+
+class SimulatedRow(ReplayRow, kw_only=True):
+    """The same with the bound of its budget."""
+
+    roofline_tokens_per_second: float
+    roofline_share: float
+    lru_missed_bytes_per_token: float
+
+
+class FitRow(msgspec.Struct, kw_only=True):
+    """One device and format."""
+
+    simulated: Literal[True]
+    device: str
+    model_shape: str
+    format: str
+    context_tokens: int
+    runs: bool
+    dense_bytes: float
+    kv_bytes: float
+    room_bytes: float
+    expert_bytes: float
+    experts_bytes: float
+    experts: int
+    resident_experts: int
+    resident_share: float
+    routed_bytes_per_token: float
+    device_s_per_token: float
+    resident_roofline_tokens_per_second: float
+    roofline_tokens_per_second: Number
+    serial_tokens_per_second: Number
+    on_demand_tokens_per_second: Number
+
+
+class DecodeRow(Stamped, kw_only=True):
+    """One arm, budget and state of the caches, measured."""
+
+    arm: str
+    format: str
+    budget: str
+    tokens_per_second: float
+    spread: Spread
+    ttft_s: float
+    bytes_per_token: float
+    hit_rate: Number
+    late_rate: Number
+    stall_s_per_token: float
+    roofline_tokens_per_second: float
+    roofline_share: float
+    rss_peak_bytes: int
+    cache: Literal["warm", "cold"]
+    repetitions: int
+    model: str
+    fingerprint: str
+    device: str
+    seed: int
+
+
+class TransferRow(Stamped, kw_only=True):
+    """One medium, block size and number of reads at a time, measured."""
+
+    medium: Literal["disk", "memory", "link"]
+    block_bytes: int
+    depth: int
+    gb_per_s: float
+    spread: Spread
+    microseconds_per_block: float
+    is_direct: bool | None
+    repetitions: int
+    device: str
+
+
+class KernelRow(Stamped, kw_only=True):
+    """One operation, implementation, format and shape, measured; no speed for a wrong result."""
+
+    op: str
+    impl: str
+    format: str
+    shape: str
+    phase: Literal["decode", "prefill"]
+    gb_per_s: Number
+    share_of_read: Number
+    error: float
+
+
+class ValidationRow(msgspec.Struct, kw_only=True):
+    """One configuration, run and simulated."""
+
+    name: str
+    model: str
+    format: str
+    budget: str
+    eviction: str
+    predictor: str
+    prefetch: str
+    throttle_bytes_per_s: Number
+    is_calibration: bool
+    measured_tokens_per_second: float
+    spread: Spread
+    simulated_tokens_per_second: float
+    error: float
+
+
+class PredictionRow(Stamped, kw_only=True):
+    """One forecast judged, as `outrider evaluate` has it."""
+
+    predictor: str
+    moment: str
+    distance: int
+    top1: Number
+    top2: Number
+    recall_at_k: Number
+    recall_at_2k: Number
+    exact: Number
+    precision: Number
+    recall_on_misses: dict[str, Number]
+    ece: Number
+    brier_skill: Number
+    microseconds: Number
+    parameters: int
+
+
+class _Document(msgspec.Struct, kw_only=True):
+    environment: Surroundings
+
+
+class HitRate(_Document, kw_only=True):
+    """`bench hit-rate`."""
+
+    bench: Literal["hit-rate"]
+    settings: dict[str, Any]
+    rows: list[ReplayRow]
+
+
+class Simulate(_Document, kw_only=True):
+    """`bench simulate`."""
+
+    bench: Literal["simulate"]
+    simulated: Literal[True]
+    settings: dict[str, Any]
+    fit: FitRow
+    rows: list[SimulatedRow]
+
+
+class Fits(_Document, kw_only=True):
+    """`bench simulate --fit`."""
+
+    bench: Literal["fit"]
+    simulated: Literal[True]
+    settings: dict[str, Any]
+    rows: list[FitRow]
+
+
+class Decode(_Document, kw_only=True):
+    """`bench decode`."""
+
+    workload: Any
+    rows: list[DecodeRow]
+
+
+class Transfers(_Document, kw_only=True):
+    """`bench transfer`."""
+
+    bench: Literal["transfer"]
+    settings: dict[str, Any]
+    rows: list[TransferRow]
+
+
+class Kernels(_Document, kw_only=True):
+    """`bench kernels`."""
+
+    device: str
+    rows: list[KernelRow]
+
+
+class Validation(_Document, kw_only=True):
+    """`bench validate`."""
+
+    bench: Literal["validate"]
+    settings: dict[str, Any]
+    calibration: dict[str, Any]
+    worst_error: float
+    median_error: float
+    rows: list[ValidationRow]
+
+
+class Prediction(_Document, kw_only=True):
+    """`outrider evaluate`."""
+
+    shape: dict[str, Any]
+    workload: dict[str, Any]
+    rows: list[PredictionRow]
+
+
+KINDS: dict[str, type[_Document]] = {
+    "hit-rate": HitRate,
+    "simulate": Simulate,
+    "fit": Fits,
+    "decode": Decode,
+    "transfer": Transfers,
+    "kernels": Kernels,
+    "validate": Validation,
+    "evaluate": Prediction,
+}
+
+# A field that rows of one kind alone have, for documents that do not say what they are.
+_TELLING = {"arm": "decode", "impl": "kernels", "moment": "evaluate"}
+
+
+def schema(kind: str) -> dict[str, Any]:
+    """The JSON schema of a kind. UsageError lists the kinds."""
+    if kind not in KINDS:
+        raise UsageError(f"kind {kind!r} is unknown; known ones: {', '.join(KINDS)}")
+    return msgspec.json.schema(KINDS[kind])
+
+
+def kind_of(document: Mapping[str, Any]) -> str | None:
+    """Which kind a document says or shows that it is; None for none of ours."""
+    if document.get("bench") in KINDS:
+        return document["bench"]
+    rows = document.get("rows")
+    if isinstance(rows, list) and rows and isinstance(rows[0], dict):
+        return next((kind for field, kind in _TELLING.items() if field in rows[0]), None)
+    return None
+
+
+def check(document: Any, *, source: str) -> str:
+    """The kind of a well-formed document with rows. InvalidDataError says where it is not."""
+    if not isinstance(document, dict):
+        raise InvalidDataError(f"{source}: expected an object, found {type(document).__name__}")
+    kind = kind_of(document)
+    if kind is None:
+        raise InvalidDataError(
+            f"{source}: not a result of a benchmark that outrider knows ({', '.join(KINDS)})"
+        )
+    try:
+        msgspec.convert(document, KINDS[kind], strict=True)
+    except msgspec.ValidationError as error:
+        raise InvalidDataError(f"{source}: not a {kind} document: {error}") from error
+    if not document["rows"]:
+        raise InvalidDataError(f"{source}: a {kind} document without rows")
+    return kind
+
+
+def read(path: Path) -> tuple[str, dict[str, Any]]:
+    """Kind and content of a result file.
+
+    UsageError for a file that is not there, InvalidDataError for one that is not a result.
+    """
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise UsageError(
+            f"{str(path)!r} cannot be read: {error.strerror or error}; results are made with "
+            "--json > FILE"
+        ) from error
+    try:
+        document = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise InvalidDataError(f"{path}: not JSON: {error}") from error
+    return check(document, source=str(path)), document
