@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..collect.schema import ModelShape
 from .checkpoint import take
-from .context import Window
+from .context import MAX_ROWS, Window
 from .encoder import Encoder, Frames
 from .errors import PredictorError
 from .network import Network, NetworkFamily
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from .examples import Examples
 
 HEAD_SIZE = 16
-MAX_ROWS = 4096
 _PLATT_STEPS = 25
 
 

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from .examples import Examples
 
 UNKNOWN = -1
+MAX_ROWS = 1536
+"""Held-out rows that calibrate: each has every expert's outcome of a layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +201,7 @@ class ContextFamily(ABC):
         """A predictor for one sequence; it needs no gates."""
         return ContextPredictor(self)
 
-    def calibrate(self, validation: Examples, *, max_rows: int = 4096) -> None:
+    def calibrate(self, validation: Examples, *, max_rows: int = MAX_ROWS) -> None:
         """Fit the calibration of every horizon to held-out rows, spread over all of them."""
         for horizon in range(1, self.horizon + 1):
             rows = validation.rows(horizon)
@@ -228,10 +230,14 @@ class ContextPredictor:
         if not 1 <= horizon <= self._family.horizon:
             return None
         window = self._history.window(token_id)
-        scores = self._family.log_odds(window, horizon)
+        scores = self.log_odds(window, horizon)
         probability = self._family.calibration.probability(scores, horizon)[0]
         step = self._history.step + horizon - 1
         return Forecast(step, 0, self.shape.num_moe_layers, probability)
+
+    def log_odds(self, window: Window, horizon: int) -> np.ndarray:
+        """[1, L, E] of a window of one row, as the family's own."""
+        return self._family.log_odds(window, horizon)
 
     def in_pass(self, layer_idx: int, router_input: Tensor) -> None:
         return None

@@ -15,6 +15,7 @@ import numpy as np
 from ..collect.schema import ModelShape
 from .checkpoint import take
 from .in_pass import gate_logits, later_layers
+from .presets import begun_with
 
 if TYPE_CHECKING:
     from .examples import Examples
@@ -28,6 +29,8 @@ NUM_LINEAR, NUM_GELU = 64, 192
 FAR = 3
 """Beside the next layer's, the state this many layers on at the previous token is read."""
 
+PART = "drift"
+HALF = 65504.0
 WARMUP_STEPS = 100
 LAST_RATE = 0.02
 _GELU_SLOPE = 1.702
@@ -115,7 +118,8 @@ def fit_stages(
     Least squares on the later layers' logits, freed of each row's level, which chooses nothing:
     they say more of a near miss than the set of the chosen does.
     """
-    stages, resumed = [], progress.load()
+    begun = begun_with(examples, settings)
+    stages, resumed = [], progress.load(PART, begun_with=begun)
     kept = {} if resumed is None else resumed[0]
     layers = examples.shape.num_moe_layers
     for layer_idx in range(layers - 1):
@@ -123,14 +127,16 @@ def fit_stages(
         if stage is None:
             stage = _fit_stage(examples, gates, layer_idx, settings=settings, progress=progress)
             kept |= state_of(stage, layer_idx)
-            progress.save(kept, {"stages": layer_idx + 1})
+            progress.save(PART, kept, begun)
         stages.append(stage)
     return stages
 
 
 def state_of(stage: Stage, layer_idx: int) -> dict[str, np.ndarray]:
     """The stage's tensors by name."""
-    return {f"{layer_idx}.{name}": getattr(stage, name) for name in Stage.__slots__}
+    return {
+        f"{layer_idx}.{name}": getattr(stage, name).astype(np.float16) for name in Stage.__slots__
+    }
 
 
 def stage_of(tensors: Mapping[str, np.ndarray], layer_idx: int, shape: ModelShape) -> Stage:
@@ -209,11 +215,15 @@ def _fit_stage(
                 break
     progress.record(stage=layer_idx, loss=shown, steps=done)
     weights = [one.detach().numpy() for one in (inner.weight, inner.bias, up.weight, up.bias)]
+    parts = (
+        weights[0] / spread,
+        weights[1] - (weights[0] / spread) @ mean,
+        weights[2] * size[:, None],
+        weights[3] * size + level,
+    )
+    # As a checkpoint keeps them, so that a saved predictor answers as this one does.
     return Stage(
-        inner=(weights[0] / spread).astype(np.float32),
-        inner_offset=(weights[1] - (weights[0] / spread) @ mean).astype(np.float32),
-        up=(weights[2] * size[:, None]).astype(np.float32),
-        offset=(weights[3] * size + level).astype(np.float32),
+        *(np.clip(one, -HALF, HALF).astype(np.float16).astype(np.float32) for one in parts)
     )
 
 

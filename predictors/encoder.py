@@ -7,6 +7,7 @@ hidden states. Knows neither traces nor targets.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -16,6 +17,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ..collect.schema import ModelShape
 from .context import UNKNOWN, Window
+
+if TYPE_CHECKING:
+    from .examples import Examples
+
+PROFILE_ROWS = 8192
+PRIOR_TOKENS = 2.0
+"""A token's mean state counts this many more tokens at the mean of all, so that one seen once is
+not taken for what it happened to be."""
 
 
 @dataclass(slots=True)
@@ -77,6 +86,36 @@ def frames_of(window: Window, vocabulary: Vocabulary, shape: ModelShape) -> Fram
         is_there,
     )
     return Frames(*(torch.from_numpy(array[:, ::-1].copy()) for array in arrays))
+
+
+def token_profiles(examples: Examples, vocabulary: Vocabulary, *, width: int) -> Tensor:
+    """[V, width] embeddings to begin with: each token's mean router inputs, whitened.
+
+    Projected on the `width` directions in which the recorded states of all layers vary most, so
+    that tokens which route alike start out alike. Row 0, the unknown token, is zero.
+    """
+    layers = list(examples.hidden.values())
+    picked = np.arange(len(examples))[:: max(1, len(examples) // PROFILE_ROWS)]
+    sample = torch.from_numpy(_joined(layers, picked))
+    mean = sample.mean(dim=0)
+    width_there = min(width, *sample.shape)
+    _, strength, directions = torch.pca_lowrank(sample - mean, q=width_there, center=False)
+    directions = directions * (len(picked) ** 0.5 / strength.clamp_min(1e-6))
+    profiles = torch.zeros(len(vocabulary), width)
+    counts = torch.zeros(len(vocabulary), 1)
+    rows = torch.from_numpy(vocabulary.rows(examples.token_id.astype(np.int64)))
+    for start in range(0, len(examples), PROFILE_ROWS):
+        part = np.arange(start, min(start + PROFILE_ROWS, len(examples)))
+        states = (torch.from_numpy(_joined(layers, part)) - mean) @ directions
+        profiles[:, :width_there].index_add_(0, rows[part], states)
+        counts.index_add_(0, rows[part], torch.ones(len(part), 1))
+    profiles /= counts + PRIOR_TOKENS
+    profiles[0] = 0.0
+    return profiles
+
+
+def _joined(layers: list[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    return np.concatenate([states[rows].astype(np.float32) for states in layers], axis=1)
 
 
 class Block(nn.Module):

@@ -7,7 +7,7 @@ their two softmaxes ranks the experts.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..collect.schema import ModelShape
 from .cluster import assign, k_means
+from .context import UNKNOWN, ContextPredictor, Window
 from .encoder import Encoder, Frames
+from .live import LiveHierarchical
 from .network import Network, NetworkFamily
 from .presets import Settings
 
@@ -119,6 +121,15 @@ class Hierarchical(NetworkFamily):
     """Cluster head x expert head over a transformer encoder, residual on token statistics."""
 
     name = "hierarchical"
+    _live: LiveHierarchical | None = None
+
+    def make(
+        self, gates: Any = None, *, scoring: str = "softmax", tokens: str = "all"
+    ) -> ContextPredictor:
+        """A predictor for one sequence; it needs no gates."""
+        if self._live is None:
+            self._live = LiveHierarchical.of(self.network, self.vocabulary)  # type: ignore[arg-type]
+        return HierarchicalPredictor(self, self._live)
 
     @classmethod
     def prepare(cls, examples: Examples, settings: Settings) -> dict[str, np.ndarray]:
@@ -154,6 +165,39 @@ class Hierarchical(NetworkFamily):
             num_states=num_states,
             cluster=_checked(constants, shape),
         )
+
+
+class HierarchicalPredictor(ContextPredictor):
+    """A Hierarchical following one sequence; a token is encoded once for all horizons."""
+
+    def __init__(self, family: Hierarchical, live: LiveHierarchical) -> None:
+        super().__init__(family)
+        self._statistics = family.statistics
+        self._live = live
+        self._encoded: np.ndarray | None = None
+        self._encoded_id = UNKNOWN
+
+    def begin(self, prompt_ids: np.ndarray) -> None:
+        super().begin(prompt_ids)
+        self._encoded = None
+
+    def log_odds(self, window: Window, horizon: int) -> np.ndarray:
+        token_id = int(window.token_id[0])
+        if self._encoded is None or token_id != self._encoded_id:
+            self._encoded, self._encoded_id = self._live.encoder(window), token_id
+        base = self._statistics.log_odds(window, horizon)[0]
+        return self._live.scores(self._encoded, base, horizon)[None]
+
+    def observe(
+        self,
+        layer_idx: int,
+        topk_ids: np.ndarray,
+        topk_weights: np.ndarray,
+        router_input: Tensor | None,
+    ) -> None:
+        # What was seen is another token's context from now on.
+        self._encoded = None
+        super().observe(layer_idx, topk_ids, topk_weights, router_input)
 
 
 def _checked(constants: Mapping[str, np.ndarray], shape: ModelShape) -> np.ndarray:

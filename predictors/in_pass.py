@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 DEPTH = 4
 """Layers that a forecast in the pass looks ahead."""
 
-NEWTON_STEPS = 2
+NEWTON_STEPS = 3
 MAX_NEWTON = 2.0
 MAX_FIT_ROWS = 120_000
 

@@ -19,7 +19,7 @@ from ..collect.schema import ModelShape
 from .calibration import Calibration
 from .checkpoint import take
 from .context import ContextFamily, Window
-from .encoder import Frames, Vocabulary, frames_of
+from .encoder import Encoder, Frames, Vocabulary, frames_of, token_profiles
 from .errors import PredictorError, TrainingDataError
 from .presets import Settings, make_settings
 from .statistics import Statistics
@@ -34,6 +34,8 @@ _PREFIX = "network."
 
 class Network(nn.Module):
     """Frames and base log-odds to scores; trained on whole samples, run on single windows."""
+
+    encoder: Encoder
 
     @abstractmethod
     def forward(
@@ -125,6 +127,11 @@ class NetworkFamily(ContextFamily):
             constants=cls.prepare(examples, settings),
         )
         made = cls(statistics, network, settings, hidden_layers)
+        if hidden_layers:
+            with torch.no_grad():
+                network.encoder.token.weight.copy_(
+                    token_profiles(examples, made.vocabulary, width=settings.width)
+                )
         train_network(made, examples, validation, settings=settings, progress=progress)
         made._round()
         made.calibrate(validation)

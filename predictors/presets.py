@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import msgspec
 
 from .errors import SettingsError
+
+if TYPE_CHECKING:
+    from .examples import Examples
 
 Loss = Literal["bce", "softmax", "focal"]
 Features = Literal["routing", "hidden"]
@@ -50,7 +53,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
 
 PRESETS: dict[str, dict[str, Any]] = {
     # Chosen by measurement on the built-in model: bench/LOG.md.
-    "small": {},
+    "small": {"width": 256, "dropout": 0.05, "epochs": 4, "batch_size": 1024},
     # The encoder of the first write-up, with its learning rate for large models.
     "large": {"width": 512, "layers": 4, "heads": 8, "lr": 5e-5, "epochs": 20, "batch_size": 256},
 }
@@ -98,6 +101,15 @@ def make_settings(preset: str = "small", given: Mapping[str, Any] | None = None)
             f"width {settings.width} is no multiple of heads {settings.heads}; choose one that is"
         )
     return settings
+
+
+def begun_with(examples: "Examples", settings: Settings) -> dict[str, Any]:
+    """What a training run that goes on must have in common with the one that was interrupted."""
+    return {
+        "settings": msgspec.to_builtins(settings),
+        "sources": list(examples.sources),
+        "tokens": len(examples),
+    }
 
 
 def _choices(values: Mapping[str, Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from ..collect.schema import ModelShape
 from .calibration import Calibration, inclusion, log_loss
 from .checkpoint import take
-from .context import ContextFamily, Window, window_of
+from .context import MAX_ROWS, ContextFamily, Window, window_of
 from .counts import CountTable
 from .errors import PredictorError
 
@@ -182,7 +182,9 @@ class Statistics(ContextFamily):
         made.calibration = Calibration.from_config(config, shape, horizon=len(strengths))
         return made
 
-    def _choose_strength(self, validation: Examples, horizon: int, *, max_rows: int = 4096) -> None:
+    def _choose_strength(
+        self, validation: Examples, horizon: int, *, max_rows: int = MAX_ROWS
+    ) -> None:
         rows = validation.rows(horizon)
         rows = rows[:: max(1, len(rows) // max_rows)]
         window = window_of(validation, rows, context=1)

@@ -9,7 +9,6 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,6 +19,7 @@ from .encoder import Frames, Vocabulary
 from .errors import PredictorError
 from .examples import Examples
 from .losses import balance, make_curriculum, set_loss
+from .presets import begun_with
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -32,6 +32,7 @@ FURTHER_WEIGHT = 0.5
 """Weight of the loss at horizon 2, which is asked for less often and bounded by what is unknown."""
 
 MAX_VALIDATION_TOKENS = 16_384
+PART = "network"
 
 
 @dataclass(slots=True)
@@ -160,7 +161,6 @@ class Training:
         self._best_loss = math.inf
         self._best_epoch = -1
         self._next_epoch = 0
-        self._num_lines = len(progress.lines())
 
     def run(self) -> None:
         """All epochs that are left; then the best weights."""
@@ -176,7 +176,6 @@ class Training:
                 self._best = _copy(self._network.state_dict())
             self._next_epoch = epoch + 1
             self._progress.record(epoch=epoch + 1, loss=loss, **judged)
-            self._num_lines += 1
             self._save()
         if not self._best:
             raise PredictorError(
@@ -295,30 +294,21 @@ class Training:
             tensors |= {f"optimizer.{index}.{k}": v for k, v in moments.items()}
         arrays = {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
         self._progress.save(
+            PART,
             arrays,
             {
-                "settings": msgspec.to_builtins(self._settings),
-                "sources": list(self._examples.sources),
+                **begun_with(self._examples, self._settings),
                 "next_epoch": self._next_epoch,
                 "best_epoch": self._best_epoch,
                 "best_loss": self._best_loss,
-                "num_lines": self._num_lines,
             },
         )
 
     def _resume(self) -> None:
-        found = self._progress.load()
+        found = self._progress.load(PART, begun_with=begun_with(self._examples, self._settings))
         if found is None:
             return
         arrays, state = found
-        own = {"settings": msgspec.to_builtins(self._settings)}
-        own["sources"] = list(self._examples.sources)
-        for name, value in own.items():
-            if state.get(name) != value:
-                raise PredictorError(
-                    f"the run was begun with other {name}: {_difference(state.get(name), value)}; "
-                    "give the same, or train into a new folder"
-                )
         tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
         self._network.load_state_dict(_part(tensors, "network."))
         self._best = _part(tensors, "best.")
@@ -328,8 +318,8 @@ class Training:
             optimizer["state"].setdefault(int(index), {})[moment] = tensor
         self._optimizer.load_state_dict(optimizer)
         self._next_epoch, self._best_epoch = state["next_epoch"], state["best_epoch"]
-        self._best_loss, self._num_lines = state["best_loss"], state["num_lines"]
-        self._progress.keep_lines(self._num_lines)
+        self._best_loss = state["best_loss"]
+        self._progress.keep_epochs(self._next_epoch)
 
 
 def _frames(
@@ -388,10 +378,3 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
         for name, tensor in tensors.items()
         if name.startswith(prefix)
     }
-
-
-def _difference(begun: object, now: object) -> str:
-    if isinstance(begun, dict) and isinstance(now, dict):
-        names = [name for name in now if begun.get(name) != now[name]]
-        return ", ".join(f"{name} {begun.get(name)!r}, now {now[name]!r}" for name in names)
-    return f"{begun!r}, now {now!r}"

@@ -27,6 +27,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "serve": ("commands.serve", "Serve generation over ZeroMQ: many clients, one engine."),
     "ask": ("commands.ask", "Send a prompt to a server; the answer streams to stdout."),
     "gateway": ("commands.gateway", "OpenAI-compatible HTTP in front of a server."),
+    "train": ("commands.train", "Train a predictor on traces."),
     "evaluate": ("commands.evaluate", "Judge predictors on held-out text."),
     "bench": ("commands.bench", "Measure hit rates, speeds and bytes."),
 }

@@ -14,7 +14,7 @@ import torch
 from ..collect.schema import ExpertKey
 from ..kernels.expert_mlp import supports
 from ..kernels.weights import ExpertWeights
-from ..predictors.base import NAMES, Predictor, predictor_class
+from ..predictors.base import Predictor
 from . import memory
 from .config import EngineConfig
 from .errors import UsageError
@@ -32,6 +32,7 @@ from .experts.transfer import ThreadTransfer
 from .models import adapter
 from .models.loading import LoadedModel
 from .sizes import format_bytes, resolve
+from .speculation import choose_predictor
 from .tuned_blocks import use_tuned_blocks
 
 logger = logging.getLogger(__name__)
@@ -109,8 +110,9 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
             "verify_on_load: the checkpoint's own files carry no checksums; pack the experts "
             f"(outrider pack ... --format {source.format} --out DIR) and run from there"
         )
-    predictor_name, make_predictor = _predictor_factory(loaded, config)
-    prefetch = cast("Mode", config.prefetch if predictor_name != "none" else "off")
+    wanted = "none" if config.prefetch == "off" else config.predictor
+    speculation = choose_predictor(wanted, loaded)
+    prefetch = cast("Mode", config.prefetch if speculation.name != "none" else "off")
     cache = ExpertCache(
         num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
     )
@@ -130,7 +132,9 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         arithmetic=arithmetic,
         block_bytes=source.nbytes,
     )
-    return ExpertTier(source, arena, transfers, executor, make_predictor, num_slots, predictor_name)
+    return ExpertTier(
+        source, arena, transfers, executor, speculation.make, num_slots, speculation.name
+    )
 
 
 def _num_slots(loaded: LoadedModel, config: EngineConfig, source: ExpertSource) -> int:
@@ -181,30 +185,6 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
         )
         return KernelArithmetic(weights, impl="cpu")
     return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
-
-
-def _predictor_factory(
-    loaded: LoadedModel, config: EngineConfig
-) -> tuple[str, Callable[[], Predictor | None]]:
-    name = "lookahead" if config.predictor == "auto" else str(config.predictor)
-    if config.prefetch == "off" or name == "none":
-        return "none", lambda: None
-    shape = loaded.shape
-    if name != "lookahead":
-        if name not in NAMES:
-            raise UsageError(
-                f"predictor {name!r}: a folder that outrider train made cannot be loaded by this "
-                f"version; accepted are none, {', '.join(NAMES)}"
-            )
-        kind = predictor_class(name)
-        return name, lambda: kind(shape)
-    gates = [adapter.router_gate(layer) for layer in loaded.layers]
-    if any(gate is None for gate in gates):
-        logger.warning("no look-ahead: the routers of this family are not plain gates")
-        return "none", lambda: None
-    lookahead = predictor_class("lookahead")
-    scoring = adapter.router_scoring(loaded.layers[0])
-    return name, lambda: lookahead(shape, gates, scoring=scoring, tokens="all")
 
 
 def plain_format(dtype: torch.dtype) -> str:

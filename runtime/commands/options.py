@@ -58,7 +58,10 @@ Dtype: TypeAlias = Annotated[
 ]
 Predictor: TypeAlias = Annotated[
     str | None,
-    _engine("none, random, frequent, lookahead, or a folder made by outrider train [auto]"),
+    _engine(
+        "none, random, frequent, lookahead, or a folder made by outrider train [auto: the "
+        "model's shipped one, else lookahead]"
+    ),
 ]
 Prefetch: TypeAlias = Annotated[str | None, _engine("on, off, or auto: as far as it pays [auto]")]
 Eviction: TypeAlias = Annotated[str | None, _engine("lru, lfu, layer-lru, layer-lfu, static, ...")]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from outrider.collect.trace import TraceReader
 from outrider.predictors import metrics
-from outrider.predictors.base import family_class
+from outrider.predictors.base import Forecast, family_class
 from outrider.predictors.calibration import inclusion
 from outrider.predictors.checkpoint import load_predictor, save_predictor
 from outrider.predictors.errors import PredictorError, TrainingDataError
@@ -75,17 +75,42 @@ def recalls(predictor, examples):
     return {distance: float(np.mean(shares)) for distance, shares in found.items()}
 
 
+class TrueMap:
+    """Ranks by the drift that was planted: nothing that reads this layer alone can know more."""
+
+    def __init__(self, drift):
+        self.drift = drift
+
+    def begin(self, prompt_ids):
+        pass
+
+    def in_pass(self, layer_idx, state):
+        if layer_idx + 1 == len(LAYERS):
+            return None
+        state, rows = state.numpy().astype(np.float64), []
+        for later in LAYERS[layer_idx + 1 :]:
+            state = state @ self.drift.drift[later - 1]
+            logits = (state @ self.drift.gates[later].T).astype(np.float32)
+            rows.append(inclusion(logits, SHAPE.top_k)[0])
+        return Forecast(0, layer_idx + 1, len(LAYERS), np.stack(rows))
+
+    def observe(self, *arguments):
+        pass
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_corrections_undo_a_linear_drift_that_bare_gates_do_not_see(name, fitted, splits):
+def test_corrections_undo_a_linear_drift_that_bare_gates_do_not_see(name, fitted, splits, drift):
     gates = splits["train"].gates
+    best = recalls(TrueMap(drift), splits["test"])
     bare = LookaheadPredictor(SHAPE, gates, depth=3, tokens="last")
     before, after = (
         recalls(predictor, splits["test"])
         for predictor in (bare, fitted[name].make(gates, tokens="last"))
     )
     for distance in (1, 2, 3):
-        assert after[distance] > 0.9, (distance, before, after)
-        assert after[distance] > before[distance] + 0.1
+        # Least squares is drawn to rows whose state the norm between the layers made large.
+        assert after[distance] > best[distance] - 0.1, (distance, before, after, best)
+        assert after[distance] > before[distance] + 0.3
 
 
 @pytest.mark.parametrize("name", NAMES)
