@@ -141,7 +141,7 @@ def _family_of(folder: Path) -> str | None:
 
 
 class Punctual:
-    """A predictor under a time limit: LateForecastError once MAX_LATE like calls in a row overran it.
+    """A predictor under a time limit: LateForecastError once MAX_LATE like calls in a row overran.
 
     Whoever asks it switches it off then, as after any other error.
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False)
 
 # The bench is named by string: the runtime never imports what measures it.
 _PACKAGE = "outrider.bench.prediction"
+_PIPE_WIDTH = 140
 _DEFAULT = "random,frequent,statistics,lookahead"
 
 
@@ -90,7 +92,8 @@ def _module(name: str) -> Any:
 
 
 def _print(document: dict[str, Any]) -> None:
-    console = Console(highlight=False)
+    # A pipe has no width, and a table cut to 80 columns says nothing.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
     table = Table(box=None, padding=(0, 1, 0, 0))
     table.add_column("predictor", no_wrap=True)
     for heading in _COLUMNS:
