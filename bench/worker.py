@@ -126,9 +126,16 @@ def _engine_arm(options: dict[str, Any]) -> Any:
     return EngineArm(**options)
 
 
+def _alone_arm(options: dict[str, Any]) -> Any:
+    from .alone import AloneArm
+
+    return AloneArm(**options)
+
+
 # What a child can serve; another system's arm is one more line.
 ARMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "engine": _engine_arm,
+    "alone": _alone_arm,
     "probe": lambda _: Probe(),
 }
 _METHODS = frozenset({"load", "encode", "record", "prepare", "run", "measure"})

@@ -14,7 +14,7 @@ from rich.table import Table
 from ..errors import UsageError
 from ..provenance import DEFAULT
 from ..sizes import format_bytes
-from . import bench_kernels, bench_results, options, replay
+from . import bench_kernels, bench_results, bench_serve, options, replay
 from .display import print_json, progress_bars, stderr_console
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 )
 
 app.command("hit-rate")(replay.hit_rate)
+app.command("serve")(bench_serve.serve)
 app.command()(bench_kernels.kernels)
 app.command("simulate")(replay.simulate)
 app.command()(bench_results.transfer)
