@@ -6,6 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 INSTALLED := $(VENV)/.installed
 DEVELOPED := $(VENV)/.developed
 PACKAGES := collect predictors kernels runtime bench
+FUZZ_SECONDS ?= 300
+SOAK_SECONDS ?= 3600
 FLOOR := .venv-floor
 FLOOR_TORCH ?= 2.13.0
 FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
@@ -38,6 +40,13 @@ test-slow: $(DEVELOPED) ## soak, fuzz and long tests
 
 soak-prefetch: $(DEVELOPED) ## caches, prefetching and faults for ten minutes (SOAK_S=seconds)
 	OUTRIDER_SOAK_S=$(SOAK_S) $(BIN)/python -m pytest -q -m slow tests/runtime/test_soak_prefetch.py
+
+fuzz: $(DEVELOPED) ## the wire decoder under atheris, FUZZ_SECONDS long (300)
+	$(PIP) install -q -c constraints.txt -e ".[fuzz]"
+	$(BIN)/python tests/serving/fuzz_decoder.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096
+
+soak: $(DEVELOPED) ## a server under 200 clients that cancel, die and send rubbish, SOAK_SECONDS long (3600)
+	$(BIN)/python tests/serving/soak.py --seconds $(SOAK_SECONDS)
 
 test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu

@@ -12,6 +12,7 @@ import zmq
 from .clock import AwakeClock
 from .messages import NUM_FRAMES
 
+_FIRST = zmq.NOBLOCK | zmq.SNDMORE
 Sent = Literal["sent", "kept", "dropped", "gone"]
 # Messages kept for a client whose pipe is full; more would be memory without bound.
 MAX_KEPT = 1024
@@ -112,8 +113,13 @@ class Router:
         return "sent"
 
     def _try_send(self, client: bytes, frames: list[bytes]) -> Sent:
+        send = self.socket.send
         try:
-            self.socket.send_multipart([client, *frames], zmq.NOBLOCK)
+            # The first frame alone can be refused: a message is taken whole or not at all.
+            send(client, _FIRST)
+            for frame in frames[:-1]:
+                send(frame, _FIRST)
+            send(frames[-1], zmq.NOBLOCK)
         except zmq.Again:
             return "dropped"
         except zmq.ZMQError as error:

@@ -33,6 +33,8 @@ from .transport import ZAP_DOMAIN, LinkOptions, check_library, server_socket
 logger = logging.getLogger(__name__)
 
 _TICK_MS = 250
+# Clients and engine are looked after so often while messages flow.
+_LOOK_S = 0.02
 _MAX_RECEIVED = 64
 # How long after a broken connection its client is looked for, and a STATS waits for a fresh count.
 _PROBE_S = 2.0
@@ -156,31 +158,42 @@ class Server:
 
     def _loop(self, socket: zmq.Socket, monitor: Monitor) -> int:
         poller = zmq.Poller()
-        poller.register(socket, zmq.POLLIN)
-        poller.register(monitor.socket, zmq.POLLIN)
-        poller.register(self._wake, zmq.POLLIN)
+        for one in (socket, monitor.socket, self._wake):
+            poller.register(one, zmq.POLLIN)
+        looked_s = -_LOOK_S
         while True:
-            ready = dict(poller.poll(_TICK_MS))
+            ready = [one for one, _ in poller.poll(_TICK_MS)]
             self._clock.tick()
             if self._wake in ready:
                 os.eventfd_read(self._wake)
+                self._hand_on()
+            if socket in ready:
+                self._receive()
             if monitor.socket in ready and monitor.read():
                 self._probe_until_s = self._clock.now_s + _PROBE_S
-            for posted in self._driver.take():
-                if isinstance(posted, Snapshot):
-                    self._snapshot = posted
-                    self._exchange.answer_stats(posted)
-                else:
-                    self._exchange.deliver(posted)
-            for _ in range(_MAX_RECEIVED):
-                received = self._router.receive()
-                if received is None:
-                    break
-                self._exchange.handle(*received)
-            self._look_after_clients()
-            code = self._look_after_engine()
-            if code is not None:
-                return code
+            # Not at each token: the engine's thread waits for the interpreter meanwhile.
+            is_urgent = self._num_stops or self._driver.error is not None or self._router.num_kept
+            if is_urgent or self._clock.now_s - looked_s >= _LOOK_S or not ready:
+                looked_s = self._clock.now_s
+                self._look_after_clients()
+                code = self._look_after_engine()
+                if code is not None:
+                    return code
+
+    def _hand_on(self) -> None:
+        for posted in self._driver.take():
+            if isinstance(posted, Snapshot):
+                self._snapshot = posted
+                self._exchange.answer_stats(posted)
+            else:
+                self._exchange.deliver(posted)
+
+    def _receive(self) -> None:
+        for _ in range(_MAX_RECEIVED):
+            received = self._router.receive()
+            if received is None:
+                return
+            self._exchange.handle(*received)
 
     def _look_after_clients(self) -> None:
         for client in self._router.retry():
