@@ -46,7 +46,7 @@ fuzz: $(DEVELOPED) ## the wire decoder under atheris, FUZZ_SECONDS long (300)
 	$(BIN)/python tests/serving/fuzz_decoder.py -max_total_time=$(FUZZ_SECONDS) -max_len=4096
 
 soak: $(DEVELOPED) ## a server under 200 clients that cancel, die and send rubbish, SOAK_SECONDS long (3600)
-	$(BIN)/python tests/serving/soak.py --seconds $(SOAK_SECONDS)
+	$(BIN)/python tests/support/soak.py --seconds $(SOAK_SECONDS)
 
 test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
