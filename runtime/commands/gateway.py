@@ -46,7 +46,8 @@ def gateway(
     """Serve OpenAI's HTTP API in front of `outrider serve`, with metrics and a live page at /.
 
     Without --api-key-file only this machine is served, and only addresses of this machine can be
-    listened on. The log is JSON lines on stderr and holds no prompts.
+    listened on. The URL goes to stdout once it is served; the log is JSON lines on stderr and holds
+    no prompts.
     """
     host, port = _parse_http(http)
     for name, value in (("timeout", timeout), ("shutdown-timeout", shutdown_timeout)):
@@ -78,6 +79,7 @@ def gateway(
     def on_started() -> None:
         bound = listening.getsockname()
         url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
+        typer.echo(url)
         log.event(
             _LOG, logging.INFO, "listening", url=url, server=client.address, keys=bool(api_keys)
         )

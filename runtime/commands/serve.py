@@ -146,6 +146,7 @@ def serve(
     with heavy_imports():
         from ..engine import Engine
         from ..scheduler import BatchLimits
+    log.adopt("transformers")
     from ..serving.backend import EngineBackend
     from ..serving.health import Patience
     from ..serving.server import Server, ServerOptions

@@ -37,3 +37,10 @@ def write_to_stderr(level: int = logging.INFO) -> None:
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level)
+
+
+def adopt(library: str) -> None:
+    """Take over the logger of a library that writes lines of its own, once it is imported."""
+    theirs = logging.getLogger(library)
+    theirs.handlers.clear()
+    theirs.propagate = True

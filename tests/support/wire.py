@@ -61,8 +61,14 @@ class Wire:
         self.send(GENERATE, request_id, body | fields)
 
     def collect(self, request_id: bytes) -> tuple[bytes, str, int, dict[str, Any]]:
-        """(token ids as bytes, text, type of the last message, its body) of one request."""
-        tokens, text = [], ""
+        """As `gather`, with the double's tokens as the bytes that they are."""
+        tokens, *rest = self.gather(request_id)
+        return bytes(tokens), *rest
+
+    def gather(self, request_id: bytes) -> tuple[list[int], str, int, dict[str, Any]]:
+        """(token ids, text, type of the last message, its body) of one request."""
+        tokens: list[int] = []
+        text = ""
         for _ in range(100_000):
             kind, answered, content = self.receive()
             if answered != request_id:
@@ -71,7 +77,7 @@ class Wire:
                 tokens += content["token_ids"]
                 text += content["text"]
             elif kind in (DONE, ERROR):
-                return bytes(tokens), text, kind, content
+                return tokens, text, kind, content
         raise AssertionError("the request never ended")
 
     def stats(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ Knows the ASGI application only as what it serves.
 """
 
 import asyncio
+import logging
 import signal
 import socket
 from collections.abc import Callable
@@ -79,6 +80,8 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
             self.force_exit = True
+            # The application is cut off where it stands, which uvicorn would log as its failure.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
         super().handle_exit(sig, frame)
 
 

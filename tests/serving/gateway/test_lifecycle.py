@@ -204,6 +204,34 @@ def test_the_command_starts_without_its_server_and_stops_at_a_signal(tmp_path):
     assert answered == {"/health": 200, "/ready": 503}
 
 
+def test_a_second_signal_ends_the_command_at_once_and_shows_no_traceback(tmp_path):
+    address = f"ipc://{tmp_path}/none.sock"
+    process = command("--connect", address, "--http", "127.0.0.1:0", "--timeout", "600")
+    try:
+        url = json.loads(process.stderr.readline())["url"]
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as waiting:
+            body = b'{"model": "nano", "prompt": "p"}'
+            waiting.sendall(
+                b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n"
+                b"Content-Type: application/json\r\nContent-Length: %d\r\n\r\n%s"
+                % (len(body), body)
+            )
+            assert http_health(url)
+            process.send_signal(signal.SIGTERM)
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(1)
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=PATIENCE_S)
+    finally:
+        process.kill()
+    assert "Traceback" not in errors
+
+
+def http_health(url):
+    with httpx2.Client(base_url=url, timeout=PATIENCE_S, trust_env=False) as http:
+        return http.get("/health").status_code == 200
+
+
 def test_an_address_that_is_taken_is_told(gateway):
     process = command("--http", f"127.0.0.1:{gateway.port}")
     _, errors = process.communicate(timeout=PATIENCE_S)
