@@ -5,6 +5,7 @@ the piece under way, as ThreadTransfer does.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
 from ..collect.schema import ExpertKey
 from ..runtime.errors import TransferError
@@ -100,6 +101,9 @@ class VirtualLink:
             self._overtake()
             del self._prefetch[transfer]
             self._on_demand[transfer] = None
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        """Nothing: what is computed is time only."""
 
     def bandwidth(self) -> float:
         """Bytes a second as an engine would measure them, latency included."""

@@ -72,12 +72,14 @@ class Acquisition:
             self._hand_out(key, slot)
             if self._cache.record_use(key):
                 traffic.hits_prefetched += 1
+                traffic.prefetch_used_next += self._prefetcher.was_for_next(key)
             else:
                 traffic.hits_resident += 1
             return
         copy = self._prefetcher.claim(key)
         if copy is not None:
             traffic.late_hits += 1
+            traffic.prefetch_used_next += self._prefetcher.was_for_next(key)
             self._in_flight.append(copy)
         else:
             traffic.misses += 1
@@ -176,6 +178,7 @@ class Acquisition:
     def _release(self) -> None:
         # Experts that are ready but not handed out yet stay pinned.
         computed, self._lease = self._lease, self._cache.pin(key for key, _ in self._ready)
+        self._transfers.used([*computed.slots.values()])
         computed.release()
 
     def __exit__(self, *_: object) -> None:
@@ -186,6 +189,7 @@ class Acquisition:
             except KeyboardInterrupt as error:
                 # A second Ctrl-C has to wait for reads under way, which end in bounded time.
                 interrupt = error
+        self._transfers.used([*self._lease.slots.values()])
         self._lease.release()
         if interrupt is not None:
             raise interrupt

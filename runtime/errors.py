@@ -33,6 +33,10 @@ class TransferError(OutriderError):
     """An expert's weights could not be read into their slot."""
 
 
+class DeviceLostError(OutriderError):
+    """The device's context is lost: whatever runs on it has failed, and nothing can go on."""
+
+
 class FieldError(UsageError):
     """One option or request field is out of range; `field` is its name, as the wire reports it."""
 

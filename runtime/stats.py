@@ -14,7 +14,10 @@ class ExpertTraffic:
 
     One look-up is one distinct (step, MoE layer, expert). A late hit was asked for while its
     prefetch was still under way. `host_computed` counts the misses computed on the host instead of
-    fetched. The four `prefetch_` counts speak of transfers, not of look-ups.
+    fetched. The four counts `prefetch_issued` to `prefetch_cancelled` speak of transfers, not of
+    look-ups. `prefetch_used_next` counts look-ups, hits and late ones, served by a prefetch that
+    was issued in the token before: since experts are of one size, that horizon's share of the
+    stall that is hidden.
     """
 
     lookups: int = 0
@@ -29,6 +32,7 @@ class ExpertTraffic:
     prefetch_cancelled: int = 0
     bytes_on_demand: int = 0
     bytes_prefetched: int = 0
+    prefetch_used_next: int = 0
 
     @property
     def hit_rate(self) -> float | None:

@@ -3,7 +3,7 @@
 Nothing here runs in production; nothing here measures.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -125,6 +125,9 @@ class ManualTransfer:
                 self._prefetch.remove(copy)
                 self._on_demand.append(copy)
                 return
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        """Nothing: tests compute on the CPU."""
 
     def bandwidth(self) -> float:
         return self._bandwidth

@@ -25,6 +25,9 @@ UNKNOWN_SPREAD, MIN_SPREAD = 0.1, 0.02
 
 MIN_GAIN = 0.01
 
+CAUTION = 1.3
+"""Standard errors by which a trial has to be ahead of MIN_GAIN; to be behind, one is enough."""
+
 FIRST_RUN, MAX_RUN = 32, 256
 """Steps with look-ahead between two controls without it; doubled after each."""
 
@@ -32,6 +35,10 @@ FIRST_PAUSE, MAX_PAUSE = 64, 4096
 """Steps without look-ahead between two trials; doubled after each that failed."""
 
 MIN_STALL_SHARE = 0.02
+
+DOUBT = 0.5
+"""Share of a known overhead that is believed after a pause that all of it has prolonged: one trial
+may have been unlucky."""
 
 MAX_REMEMBERED = 64
 
@@ -60,16 +67,17 @@ class GainController:
     `reach` is what holds now, 0 for none: then the predictor need not be asked at all;
     `is_promising` until a trial fails, and again after one that does not. A trial
     pairs windows, in both orders so that drift cancels, until the interval of their log ratio
-    leaves `MIN_GAIN`. Where it paid, look-ahead goes on, with ever rarer controls; where not, or
-    where there is too little stall to be worth what it costs, it rests, ever longer, and the next
-    trial looks less far ahead if it was the reads and not the forecasts that cost.
+    leaves `MIN_GAIN`. Where it paid, look-ahead goes on, with ever rarer controls. Where not, it
+    rests, ever longer, and longer still where no stall is worth what the trial has cost.
+    The next trial looks less far ahead, in case it was the reads and not the forecasts that cost.
     """
 
     def __init__(self, max_reach: int) -> None:
         self.reach = 0
         self.is_promising = True
         self._max_reach = max_reach
-        self._overhead_s = 0.0
+        # What the last trial that failed cost in a step apart from stalls, and what of it is sure.
+        self._overhead_s = self._doubted_s = 0.0
         self._walls: deque[float] = deque(maxlen=MAX_REMEMBERED)
         self._stalls: deque[float] = deque(maxlen=MAX_REMEMBERED)
         self._run = self._course()
@@ -95,7 +103,8 @@ class GainController:
         pause, reach = FIRST_PAUSE, self._max_reach
         while True:
             if not self._may_pay(rest):
-                rest = yield 0, FIRST_PAUSE
+                self._overhead_s = min(self._overhead_s, self._doubted_s)
+                rest = yield 0, pause
                 continue
             if (yield from self._trial(reach)):
                 yield from self._exploit(reach)
@@ -106,7 +115,9 @@ class GainController:
             pause = min(2 * pause, MAX_PAUSE)
 
     def _may_pay(self, rest: Window) -> bool:
-        return rest.stall_s > max(MIN_STALL_SHARE * rest.wall_s, self._overhead_s)
+        if rest.stall_s <= MIN_STALL_SHARE * rest.wall_s:
+            return False
+        return rest.stall_s > self._overhead_s
 
     def _trial(self, reach: int) -> Trial:
         logs: list[float] = []
@@ -120,9 +131,9 @@ class GainController:
             logs.append(_log_ratio(off, on))
             pays = _verdict(logs)
             if pays is not None:
-                # Half of it: one trial may have been unlucky, and reads take time of the processor.
                 self.is_promising = pays
-                self._overhead_s = 0.0 if pays else (on.busy_s - off.busy_s) / 2.0
+                self._overhead_s = 0.0 if pays else max(0.0, on.busy_s - off.busy_s)
+                self._doubted_s = DOUBT * self._overhead_s
                 return pays
         return False
 
@@ -148,6 +159,9 @@ def _verdict(logs: list[float]) -> bool | None:
     """Whether look-ahead pays, None while that is open."""
     spread = max(MIN_SPREAD, stdev(logs)) if len(logs) > 1 else UNKNOWN_SPREAD
     mean, error = fmean(logs), spread / math.sqrt(len(logs))
-    if abs(mean - MIN_GAIN) > error or len(logs) == MAX_PAIRS:
-        return mean > MIN_GAIN
+    # Going on where it costs is dearer than resting where it pays: there is always a next trial.
+    if mean - CAUTION * error > MIN_GAIN:
+        return True
+    if mean + error < MIN_GAIN or len(logs) == MAX_PAIRS:
+        return False
     return None

@@ -29,7 +29,7 @@ MAX_FAILURES = 3
 
 SMOOTHING = 0.2
 
-# (0 for this token or 1 for the next, -tenths of probability, moment, probability, key)
+# (step, -tenths of probability, moment, probability, key)
 _Candidate = tuple[int, float, int, float, ExpertKey]
 
 
@@ -70,11 +70,11 @@ class Prefetcher:
         self._controller = GainController(self._max_reach) if mode == "auto" else None
         self._price = ReadPrice(cache.counters)
         self._is_decode = True
-        self._position = -1
+        self._step, self._position = 0, -1
         self._tables: dict[int, np.ndarray] = {}
         self._wanted = _Wanted(self)
-        self._ahead: dict[int, list[_Candidate]] = {}
         self._plan: list[_Candidate] | None = None
+        self._for_next: set[ExpertKey] = set()
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._num_failures = 0
         self._layer_s = 0.0
@@ -121,10 +121,8 @@ class Prefetcher:
     def offer(self, forecast: Forecast) -> None:
         """Take the newest forecast for its layers and step; issues nothing by itself.
 
-        Eviction is told as well. Raises ValueError if the forecast is malformed or does not fit
-        the model.
+        Eviction is told as well. Unchecked: `Forecast.check` belongs before.
         """
-        forecast.check(self._shape)
         self._cache.foresee(forecast)
         if not self._max_reach:
             return
@@ -137,18 +135,6 @@ class Prefetcher:
             size = (self._shape.num_moe_layers, self._shape.num_experts)
             table = self._tables[step] = np.zeros(size, np.float32)
         table[start : forecast.layer_to] = forecast.probability
-        for layer_idx in range(start, forecast.layer_to):
-            self._ahead.pop(first + layer_idx, None)
-        rows, experts = np.nonzero(forecast.probability >= self._price.least_probability)
-        values = forecast.probability[rows, experts]
-        for row, expert_idx, value, tenths in zip(
-            rows.tolist(), experts.tolist(), values.tolist(), values.round(1).tolist(), strict=True
-        ):
-            key = ExpertKey(start + row, expert_idx)
-            moment = first + key.layer_idx
-            if moment > self._position and self._cache.state(key) is None:
-                candidates = self._ahead.setdefault(moment, [])
-                candidates.append((step, -tenths, moment, value, key))
         self._plan = None
 
     def advance(self, step: int, layer_idx: int) -> None:
@@ -159,17 +145,14 @@ class Prefetcher:
         position = step * self._shape.num_moe_layers + layer_idx
         if self._max_reach:
             self._keep_time(position)
-        self._position = position
+        self._step, self._position = step, position
         if not (self._tables or self._in_flight):
             return
         for gone in [one for one in self._tables if one < step]:
             del self._tables[gone]
-        for moment in [moment for moment in self._ahead if moment <= position]:
-            del self._ahead[moment]
-            self._plan = None
         self.settle()
         self._cancel_stale()
-        if self._ahead and self.reach and self._cache.prefetch_room > 0:
+        if self._tables and self.reach and self._cache.prefetch_room > 0:
             self._issue()
 
     def settle(self) -> None:
@@ -193,6 +176,16 @@ class Prefetcher:
             self._transfers.promote(transfer)
         return transfer
 
+    def was_for_next(self, key: ExpertKey) -> bool:
+        """Whether the prefetch of `key` was issued in the token before, by a forecast of horizon 2.
+
+        True once: at the expert's first use.
+        """
+        if key not in self._for_next:
+            return False
+        self._for_next.discard(key)
+        return True
+
     def end_step(
         self, *, stall_s: float, on_demand_bytes: int, wall_s: float | None = None
     ) -> None:
@@ -211,9 +204,8 @@ class Prefetcher:
     def begin(self) -> None:
         """A new sequence: its steps count from 0 again, so no forecast before it holds."""
         self._tables.clear()
-        self._ahead.clear()
         self._plan = None
-        self._position = -1
+        self._step, self._position = 0, -1
         self._advanced_at = None
         self._cache.advance(0, -1)
         self._cancel_stale()
@@ -264,23 +256,23 @@ class Prefetcher:
         bandwidth = self._transfers.bandwidth() if self._layer_s else 0.0
         queued = self._transfers.outstanding_bytes()
         budget = self._budget(bandwidth)
-        last = self._position + self.reach
-        if self._plan is None:
-            self._plan = sorted(one for candidates in self._ahead.values() for one in candidates)
-        plan, self._plan = self._plan, []
+        position = self._position
+        last = position + self.reach
+        plan = self._candidates() if self._plan is None else self._plan
+        self._plan = []
         for index, candidate in enumerate(plan):
-            _, _, moment, probability, key = candidate
+            step, _, moment, probability, key = candidate
             if self._issued_bytes + self._nbytes > budget:
                 self._plan += plan[index:]
                 return
-            if self._cache.state(key) is not None:
+            if moment <= position or self._cache.state(key) is not None:
                 continue
             self._plan.append(candidate)
             if moment > last:
                 continue
             done = 1.0
             if bandwidth:
-                lead_bytes = (moment - self._position) * self._layer_s * bandwidth - queued
+                lead_bytes = (moment - position) * self._layer_s * bandwidth - queued
                 done = min(lead_bytes / self._nbytes, 1.0)
             if done < 0.5 or not self._pays(key, probability, done):
                 continue
@@ -289,6 +281,30 @@ class Prefetcher:
                 return
             self._plan.pop()
             queued += self._nbytes
+            (self._for_next.add if step > self._step else self._for_next.discard)(key)
+
+    def _candidates(self) -> list[_Candidate]:
+        """What is likely enough to be read ahead at all, in the order in which it is."""
+        num_layers, least = self._shape.num_moe_layers, self._price.least_probability
+        found: list[_Candidate] = []
+        for step, table in self._tables.items():
+            first = step * num_layers
+            start = max(0, self._position + 1 - first)
+            rows = table[start:]
+            layers, experts = np.nonzero(rows >= least)
+            values = rows[layers, experts]
+            for row, expert_idx, value, tenths in zip(
+                layers.tolist(),
+                experts.tolist(),
+                values.tolist(),
+                values.round(1).tolist(),
+                strict=True,
+            ):
+                key = ExpertKey(start + row, expert_idx)
+                if self._cache.state(key) is None:
+                    found.append((step, -tenths, first + key.layer_idx, value, key))
+        found.sort()
+        return found
 
     def _pays(self, key: ExpertKey, probability: float, done: float) -> bool:
         cost = self._price.price + self._cache.victim_worth(key)

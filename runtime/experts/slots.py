@@ -3,6 +3,7 @@
 Knows neither experts nor who uses a slot: ExpertCache decides, transfers write, kernels read.
 """
 
+import logging
 import math
 import mmap
 from collections.abc import Mapping
@@ -15,13 +16,30 @@ from ..errors import InsufficientMemoryError
 from .layout import BLOCK_ALIGN, VIEW_ALIGN, TensorView
 from .memory import map_memory
 
+logger = logging.getLogger(__name__)
+
+
+def _pinned(num_bytes: int) -> torch.Tensor | None:
+    """Page-locked host memory; None, and a warning, where there is none to be had."""
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError as error:
+        logger.warning(
+            "%.2f GiB of host memory cannot be pinned (%s): copies to the device will be slower; "
+            "raise the limit of locked memory (ulimit -l) or give a smaller --host-memory",
+            num_bytes / 2**30,
+            str(error).splitlines()[0],
+        )
+        return None
+
 
 class SlotArena:
     """`num_slots` blocks of `nbytes` bytes on `device`, each seen through the same `views`.
 
     On the CPU the blocks are anonymous memory, page-aligned, so that direct reads may land in them.
-    Raises ValueError for sizes or views off the alignment, InsufficientMemoryError if the
-    allocation is refused.
+    `is_pinned` locks them in memory, which copies to a GPU want; where the system refuses, they are
+    pageable and a warning says so. Raises ValueError for sizes or views off the alignment,
+    InsufficientMemoryError if the allocation is refused.
     """
 
     def __init__(
@@ -31,6 +49,7 @@ class SlotArena:
         nbytes: int,
         *,
         device: str | torch.device = "cpu",
+        is_pinned: bool = False,
     ) -> None:
         if num_slots < 1 or nbytes < 1 or nbytes % BLOCK_ALIGN:
             raise ValueError(
@@ -47,7 +66,10 @@ class SlotArena:
         total = num_slots * nbytes
         self._memory: mmap.mmap | None = None
         try:
-            if self.device.type == "cpu":
+            pinned = _pinned(total) if is_pinned else None
+            if pinned is not None:
+                arena = pinned
+            elif self.device.type == "cpu":
                 self._memory = map_memory(total)
                 arena = torch.frombuffer(self._memory, dtype=torch.uint8)
             else:
@@ -57,7 +79,10 @@ class SlotArena:
                 f"{num_slots} expert slots of {nbytes} bytes ({total / 2**30:.2f} GiB) could not "
                 f"be allocated on {self.device}; give a smaller --expert-memory"
             ) from error
-        self._blocks = None if self._memory is None else memoryview(self._memory)
+        if pinned is not None:
+            self._blocks = memoryview(pinned.numpy())
+        else:
+            self._blocks = None if self._memory is None else memoryview(self._memory)
         self._bytes: torch.Tensor = arena.view(num_slots, nbytes)
         self._stacked = {name: self._strided(view) for name, view in views.items()}
 
@@ -81,6 +106,12 @@ class SlotArena:
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} of an arena of {self.num_slots}")
         return self._blocks[slot * self.nbytes : (slot + 1) * self.nbytes]
+
+    def bytes_of(self, slot: int) -> torch.Tensor:
+        """One slot's block as uint8 [nbytes], on the arena's device; shares memory."""
+        if not 0 <= slot < self.num_slots:
+            raise IndexError(f"slot {slot} of an arena of {self.num_slots}")
+        return self._bytes[slot]
 
     def view(self, slot: int, name: str) -> torch.Tensor:
         """One named tensor of one slot; shares memory, changes when the slot is overwritten."""

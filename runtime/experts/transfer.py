@@ -8,7 +8,7 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -62,6 +62,14 @@ class TransferEngine(Protocol):
 
     def promote(self, transfer: Transfer) -> None:
         """A prefetch is needed now: what is left of it joins the end of the on-demand queue."""
+        ...
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        """Compute that reads these slots has been queued: whoever overwrites one waits for that.
+
+        Called before the slots may be victims. Does not block; nothing where compute is done by
+        then anyway.
+        """
         ...
 
     def bandwidth(self) -> float:
@@ -230,6 +238,9 @@ class ThreadTransfer:
             if isinstance(transfer, _Copy) and transfer in self._prefetch:
                 del self._prefetch[transfer]
                 self._on_demand[transfer] = None
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        """Nothing: the CPU has computed by the time that it tells."""
 
     def bandwidth(self) -> float:
         with self._changed:

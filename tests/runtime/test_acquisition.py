@@ -83,6 +83,9 @@ class Fate:
         else:
             self._manual.start(copy)
 
+    def used(self, slots):
+        pass
+
     def bandwidth(self):
         return 0.0
 

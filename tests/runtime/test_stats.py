@@ -26,6 +26,7 @@ TRAFFIC = [
     "prefetch_cancelled",
     "bytes_on_demand",
     "bytes_prefetched",
+    "prefetch_used_next",  # added to them
 ]
 TIMINGS = ["load_s", "ttft_s", "prefill_tokens_per_s", "decode_tokens_per_s", "stall_s"]
 EXPERTS = ["total", "slots", "budget_bytes", "slot_bytes", "decode", "prefill"]
@@ -43,6 +44,7 @@ SOUND = {
     "prefetch_cancelled": 1,
     "bytes_on_demand": 300,
     "bytes_prefetched": 400,
+    "prefetch_used_next": 2,
 }
 
 counts = st.fixed_dictionaries({name: st.integers(0, 2**40) for name in TRAFFIC})

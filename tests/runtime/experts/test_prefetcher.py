@@ -224,14 +224,15 @@ def test_an_unknown_mode_lists_the_known_ones() -> None:
         Bench(mode="sometimes")
 
 
-@pytest.mark.parametrize("value", [np.nan, -0.1, 1.1])
-def test_a_forecast_that_is_no_probability_is_refused_and_changes_nothing(value: float) -> None:
+def test_what_the_next_tokens_forecast_read_ahead_is_told_apart_once() -> None:
     bench = Bench()
-    bench.prefetcher.offer(forecast(1, {key(1, 0): 0.9}))
-    with pytest.raises(ValueError, match="NaN"):
-        bench.prefetcher.offer(forecast(1, {key(1, 0): value}))
-    bench.prefetcher.advance(1, 0)
-    assert bench.queued() == [key(1, 0)]
+    bench.prefetcher.offer(forecast(1, {key(3, 0): 0.9}))
+    bench.prefetcher.offer(forecast(2, {key(0, 1): 0.9}))
+    bench.prefetcher.advance(1, 2)
+    assert sorted(bench.queued()) == [key(0, 1), key(3, 0)]
+    assert not bench.prefetcher.was_for_next(key(3, 0))
+    assert bench.prefetcher.was_for_next(key(0, 1))
+    assert not bench.prefetcher.was_for_next(key(0, 1))
 
 
 def test_repeated_failures_turn_prefetching_off(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,121 @@
+"""Host to CUDA device: the one file of copies that has CUDA in it. Has not run on a GPU.
+
+Streams, events and nothing else: what goes when, and what stays in host memory, is `tiered`'s.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..errors import DeviceLostError
+from .cache import Kind, Slot
+from .slots import SlotArena
+from .transfer import PIECE_BYTES
+
+URGENT_PRIORITY = -1
+"""Lower is more urgent; a device without priorities takes it for 0."""
+
+MEMORY = 0.2
+
+
+class CudaCopy:
+    """One block's copy: an event behind its last piece."""
+
+    def __init__(self, link: "CudaLink", ready: Any, *, nbytes: int) -> None:
+        self._link = link
+        self._ready = ready
+        self._nbytes = nbytes
+        self._began_s = time.perf_counter()
+        self._is_done = False
+
+    def done(self) -> bool:
+        if not self._is_done and self._link.guard(self._ready.query):
+            self._is_done = True
+            self._link.measure(self._nbytes, time.perf_counter() - self._began_s)
+        return self._is_done
+
+    def join(self) -> None:
+        self._link.guard(lambda: self._link.compute_stream().wait_event(self._ready))
+
+    def synchronize(self) -> None:
+        self._link.guard(self._ready.synchronize)
+        self.done()
+
+
+class CudaLink:
+    """Copies blocks of a pinned host arena into slots of a device arena.
+
+    One stream for what is needed now and one for prefetches, both apart from the one that computes.
+    Two events a slot order them without the host: a copy waits for the slot's last use and its last
+    copy, compute waits for `ready`. Blocks go in pieces, so that the other stream's can go between.
+    Slots never move, so kernels and graphs may keep their addresses. `cuda` is torch.cuda.
+    """
+
+    def __init__(self, host: SlotArena, arena: SlotArena, *, cuda: Any = torch.cuda) -> None:
+        self._host = host
+        self._arena = arena
+        self._cuda = cuda
+        device = arena.device
+        self._streams = {
+            Kind.ON_DEMAND: cuda.Stream(device, priority=URGENT_PRIORITY),
+            Kind.PREFETCH: cuda.Stream(device, priority=0),
+        }
+        self._last_use: dict[Slot, Any] = {}
+        self._last_copy: dict[Slot, Any] = {}
+        self._rate = 0.0
+
+    def compute_stream(self) -> Any:
+        """The stream on which kernels are queued now."""
+        return self._cuda.current_stream(self._arena.device)
+
+    def copy(self, host_slot: Slot, slot: Slot, kind: Kind) -> CudaCopy:
+        return self.guard(lambda: self._copy(host_slot, slot, kind))
+
+    def _copy(self, host_slot: Slot, slot: Slot, kind: Kind) -> CudaCopy:
+        stream = self._streams[kind]
+        for events in (self._last_use, self._last_copy):
+            if slot in events:
+                stream.wait_event(events[slot])
+        source, target = self._host.bytes_of(host_slot), self._arena.bytes_of(slot)
+        with self._cuda.stream(stream):
+            for start in range(0, len(source), PIECE_BYTES):
+                piece = slice(start, start + PIECE_BYTES)
+                target[piece].copy_(source[piece], non_blocking=True)
+        ready = self._cuda.Event()
+        ready.record(stream)
+        self._last_copy[slot] = ready
+        return CudaCopy(self, ready, nbytes=len(source))
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        if not slots:
+            return
+        event = self._cuda.Event()
+        self.guard(lambda: event.record(self.compute_stream()))
+        for slot in slots:
+            self._last_use[slot] = event
+
+    def bandwidth(self) -> float:
+        return self._rate
+
+    def measure(self, nbytes: int, seconds: float) -> None:
+        """A copy took so long from being queued to being seen as done: a cautious rate."""
+        rate = nbytes / max(seconds, 1e-9)
+        self._rate += (rate - self._rate) * (MEMORY if self._rate else 1.0)
+
+    def close(self) -> None:
+        for stream in self._streams.values():
+            self.guard(stream.synchronize)
+
+    def guard(self, call: Any) -> Any:
+        """Run `call`. An error of the device is of some earlier work and ends its context."""
+        try:
+            return call()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise DeviceLostError(
+                f"{self._arena.device} failed ({error}); nothing on it can be trusted any more: "
+                "start again, and if it happens again, look for driver and hardware faults"
+            ) from error
