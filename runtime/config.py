@@ -41,7 +41,8 @@ class EngineConfig:
     """Everything the engine may be told, checked on construction; INTERFACES section 1.
 
     `expert_memory` and `host_memory` are sizes as `sizes.parse_budget` reads them. `predictor` is a
-    name or a folder made by `outrider train`. `device` auto is a GPU where there is one.
+    name or a folder made by `outrider train`. `device` auto is the CPU, until the GPU's path has
+    been seen to work.
     `num_threads` None leaves torch's own choice. `profile` is a folder for traces of the run.
 
     Raises `FieldError` naming the option, the value and what is accepted.
@@ -82,6 +83,11 @@ class EngineConfig:
             raise refusal("profile", self.profile, "a folder")
         _check_device(self.device)
         _check_on_miss(self.on_miss, self.device)
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether tokens are those of fetching every miss, whatever is predicted and resident."""
+        return self.on_miss == "fetch"
 
     @property
     def expert_budget(self) -> ExpertBudget:

@@ -19,7 +19,7 @@ from ..predictors.base import Predictor
 from . import admission
 from .config import EngineConfig
 from .detokenizer import Detokenizer
-from .errors import OutriderError, UsageError
+from .errors import DeviceLostError, OutriderError, UsageError
 from .generation import GenerationChunk, GenerationResult
 from .models import adapter
 from .models.loading import LoadedModel, load_model, load_tokenizer, resolve_folder
@@ -69,6 +69,7 @@ class Engine:
         self.num_failures = 0
         self._scheduler: Scheduler[Sequence] = Scheduler(self.limits)
         self._is_closed = False
+        self._lost: DeviceLostError | None = None
 
     @classmethod
     def from_pretrained(
@@ -103,7 +104,7 @@ class Engine:
         `limits` left out are the defaults, with the KV cache bounded by the memory left over.
         """
         began = time.perf_counter()
-        _refuse_unavailable(config)
+        device = _device_of(config)
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
 
@@ -115,12 +116,14 @@ class Engine:
             folder,
             dtype=DTYPES.get(config.dtype),
             dense_format=config.dense_format,
+            device=device,
             progress=told("loading dense weights"),
         )
         tokenizer = load_tokenizer(folder)
         source = expert_source(loaded, config.format, store=store, progress=told("packing experts"))
         tier = build_tier(loaded, config, source=source)
         engine = cls(loaded, tier, config=config, tokenizer=tokenizer, limits=limits)
+        tier.warm()
         engine.load_s = time.perf_counter() - began
         return engine
 
@@ -225,7 +228,7 @@ class Engine:
         """One pass over what is queued: the text that each sequence gained. Empty if idle.
 
         An expert that cannot be read ends the sequences of that pass with an error and leaves the
-        engine usable.
+        engine usable. Raises DeviceLostError, now and at every later call, if the device fails.
         """
         self._refuse_closed()
         batch = self._scheduler.schedule()
@@ -239,6 +242,9 @@ class Engine:
             for span in batch.spans:
                 span.sequence.error = error
                 span.sequence.cancel("error")
+            if isinstance(error, DeviceLostError):
+                self._lost = error
+                raise
             return {span.sequence: "" for span in batch.spans}
         self.num_failures = 0
         self.traffic.add(output.traffic)
@@ -310,6 +316,8 @@ class Engine:
     def _refuse_closed(self) -> None:
         if self._is_closed:
             raise UsageError("the engine is closed; make a new one")
+        if self._lost is not None:
+            raise self._lost
 
     def _predictor(self, token_ids: list[int]) -> Predictor | None:
         try:
@@ -364,12 +372,18 @@ class Engine:
         self._scheduler.forget_finished()
 
 
-def _refuse_unavailable(config: EngineConfig) -> None:
+def _device_of(config: EngineConfig) -> torch.device:
+    """Where the model runs: a GPU only where one is asked for, until it has been seen to work."""
     if config.device.startswith("cuda"):
-        raise UsageError(
-            f"device {config.device!r}: copies to a GPU are not built yet; run with --device cpu"
+        logger.warning(
+            "device %s: this path has not run on a GPU so far; check it first with "
+            "`outrider bench decode --self-check --device %s`",
+            config.device,
+            config.device,
         )
+        return torch.device(config.device)
     if config.host_memory != "auto":
         raise UsageError(
             "host_memory: without a GPU the expert slots are host memory; use expert_memory"
         )
+    return torch.device("cpu")

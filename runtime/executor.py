@@ -23,6 +23,7 @@ from .experts.arithmetic import ExpertArithmetic
 from .experts.cache import CacheCounters, ExpertCache, Slot
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
+from .host_misses import HostMisses
 from .stats import ExpertTraffic
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class ExpertExecutor:
         prefetcher: Prefetcher,
         arithmetic: ExpertArithmetic,
         block_bytes: int,
+        host_misses: HostMisses | None = None,
     ) -> None:
         self.shape = shape
         self.cache = cache
@@ -62,6 +64,7 @@ class ExpertExecutor:
         self._transfers = transfers
         self._arithmetic = arithmetic
         self._block_bytes = block_bytes
+        self._host_misses = host_misses
         self._observers: list[Observer] = []
         self._step = 0
         self._traffic = ExpertTraffic()
@@ -160,8 +163,10 @@ class ExpertExecutor:
         ids = topk_ids.cpu().numpy()  # [T, K]
         self.cache.advance(self._step, layer_idx)
         rows = _rows_by_expert(ids)
+        needed = [ExpertKey(layer_idx, expert_idx) for expert_idx in rows]
+        on_host = self._on_host(needed)
         acquisition = Acquisition(
-            [ExpertKey(layer_idx, expert_idx) for expert_idx in rows],
+            [key for key in needed if key not in on_host] if on_host else needed,
             cache=self.cache,
             transfers=self._transfers,
             prefetcher=self.prefetcher,
@@ -175,6 +180,14 @@ class ExpertExecutor:
             meanwhile = getattr(module, "outrider_meanwhile", None)
             if meanwhile is not None:
                 meanwhile()
+            if self._host_misses is not None and on_host:
+                self._host_misses.compute(
+                    module,
+                    hidden_states,
+                    rows={key: rows[key.expert_idx] for key in on_host},
+                    top_k=ids.shape[1],
+                    out=outputs,
+                )
             for wave in acquisition.waves():
                 if len(wave) == ids.size:
                     combined = self._token_sum(wave, hidden_states, rows, topk_weights)
@@ -195,6 +208,19 @@ class ExpertExecutor:
             return combined
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
 
+    def _on_host(self, needed: list[ExpertKey]) -> list[ExpertKey]:
+        """Which of a layer's experts are computed where they lie; counted as misses."""
+        if self._host_misses is None:
+            return []
+        self.prefetcher.settle()
+        chosen = self._host_misses.choose(needed, self.cache)
+        for key in chosen:
+            self.cache.record_use(key)
+        self._traffic.lookups += len(chosen)
+        self._traffic.misses += len(chosen)
+        self._traffic.host_computed += len(chosen)
+        return chosen
+
     def _token_sum(
         self,
         wave: list[tuple[ExpertKey, Slot]],
@@ -203,7 +229,7 @@ class ExpertExecutor:
         topk_weights: torch.Tensor,
     ) -> torch.Tensor | None:
         """All experts of a single token in one call, or None where it cannot be one."""
-        if hidden_states.shape[0] != 1:
+        if hidden_states.shape[0] != 1 or hidden_states.device.type != "cpu":
             return None
         weights = topk_weights[0].float().tolist()
         in_order = sorted(wave)

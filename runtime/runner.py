@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import InsufficientMemoryError
+from .errors import DeviceLostError, InsufficientMemoryError
 from .executor import ExpertExecutor, Observer
 from .models import adapter
 from .models.attention import RaggedAttention, Span
@@ -62,7 +62,8 @@ class ModelRunner:
         """One forward pass.
 
         Raises TransferError if an expert cannot be read, InsufficientMemoryError if memory runs out
-        under way: both end this pass and leave the model and its experts usable.
+        under way: both end this pass and leave the model and its experts usable. Raises
+        DeviceLostError if the device fails, which ends all passes.
         """
         try:
             return self._run(batch, every_row=every_row)
@@ -70,6 +71,11 @@ class ModelRunner:
             raise InsufficientMemoryError(
                 f"out of memory in a pass of {batch.num_tokens} tokens: {error}; give a smaller "
                 "--expert-memory, or run fewer or shorter requests at once"
+            ) from error
+        except torch.AcceleratorError as error:
+            raise DeviceLostError(
+                f"{self._device} failed ({error}); nothing on it can be trusted any more: start "
+                "again"
             ) from error
 
     def _run(self, batch: ScheduledBatch[Sequence], *, every_row: bool) -> StepOutput:

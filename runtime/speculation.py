@@ -40,10 +40,14 @@ _FALLBACK = "lookahead"
 
 @dataclass(frozen=True, slots=True)
 class Speculation:
-    """The predictor of an engine, by the name users see; `make` gives one a sequence, or None."""
+    """The predictor of an engine, by the name users see; `make` gives one a sequence, or None.
+
+    `frequencies` [num_moe_layers, num_experts]: shares of training tokens that used each expert.
+    """
 
     name: str
     make: Callable[[], Predictor | None]
+    frequencies: np.ndarray | None = None
 
 
 class LateForecastError(Exception):
@@ -119,7 +123,11 @@ def _from_folder(folder: Path, loaded: LoadedModel) -> Speculation:
             "routers of this family are not plain ones"
         )
     scoring = adapter.router_scoring(loaded.layers[0])
-    return Speculation(factory.name, lambda: Punctual(_made(factory, gates, scoring)))
+    return Speculation(
+        factory.name,
+        lambda: Punctual(_made(factory, gates, scoring)),
+        factory.frequencies,
+    )
 
 
 def _made(factory: PredictorFactory, gates: list | None, scoring: str) -> Predictor:

@@ -198,6 +198,39 @@ class ManualTransfer:
             block[extent.slot_offset : extent.slot_offset + extent.length] = data
 
 
+class InstantLink:
+    """A Link between two arenas on the CPU that copies at once; `num_copied` counts."""
+
+    def __init__(self, host: "SlotArena", arena: "SlotArena") -> None:
+        self.num_copied = 0
+        self._host = host
+        self._arena = arena
+
+    def copy(self, host_slot: Slot, slot: Slot, kind: Kind) -> "InstantLink":
+        self._arena.bytes_of(slot).copy_(self._host.bytes_of(host_slot))
+        self.num_copied += 1
+        return self
+
+    def used(self, slots: Sequence[Slot]) -> None:
+        """Nothing: what is computed on the CPU is done."""
+
+    def bandwidth(self) -> float:
+        return 1e10
+
+    def close(self) -> None:
+        """Nothing is under way."""
+
+    def done(self) -> bool:
+        """A link is its own copy: all are over."""
+        return True
+
+    def join(self) -> None:
+        """Nothing to wait for."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
 class SyntheticExperts:
     """An ExpertSource of random weights, and the tensors that its files were written from."""
 

@@ -7,8 +7,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Literal, cast
 
+import numpy as np
 import torch
 
 from ..collect.schema import ExpertKey
@@ -28,7 +29,9 @@ from .experts.prefetcher import Mode, Prefetcher
 from .experts.slots import SlotArena
 from .experts.store import ExpertStore
 from .experts.store_cache import store_for
-from .experts.transfer import ThreadTransfer
+from .experts.tiered import MIN_HOST_SLOTS, Link, TieredTransfer
+from .experts.transfer import ThreadTransfer, TransferEngine
+from .host_misses import HostMisses
 from .models import adapter
 from .models.loading import LoadedModel
 from .sizes import format_bytes, resolve
@@ -50,17 +53,35 @@ class ExpertTier:
 
     source: ExpertSource
     arena: SlotArena
-    transfers: ThreadTransfer
+    transfers: TransferEngine
     executor: ExpertExecutor
     make_predictor: Callable[[], Predictor | None]
     num_slots: int
     predictor_name: str
+    host_arena: SlotArena | None = None
+    frequencies: np.ndarray | None = None
+
+    def warm(self) -> None:
+        """Begin to fill the slots with the experts used most, until the first pass; never blocks.
+
+        Known from the predictor's training, [num_moe_layers, num_experts]; else nothing is done.
+        """
+        if self.frequencies is None:
+            return
+        num_experts = self.frequencies.shape[1]
+        # A key is a layer and an expert; the stable order leaves ties as they stand.
+        ranked = np.argsort(-self.frequencies, axis=None, kind="stable")[: self.num_slots]
+        self.executor.prefetcher.warm(
+            ExpertKey(*divmod(index, num_experts)) for index in ranked.tolist()
+        )
 
     def close(self) -> None:
         """Stop the copy threads and give the memory back. Blocks until reads under way end."""
         self.executor.prefetcher.close()
         self.transfers.close()
         self.arena.close()
+        if self.host_arena is not None:
+            self.host_arena.close()
 
 
 def expert_source(
@@ -110,7 +131,9 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
             "verify_on_load: the checkpoint's own files carry no checksums; pack the experts "
             f"(outrider pack ... --format {source.format} --out DIR) and run from there"
         )
-    wanted = "none" if config.prefetch == "off" else config.predictor
+    # Forecasts steer eviction as well, which costs no bandwidth.
+    is_foreseeing = config.prefetch != "off" or config.eviction == "forecast"
+    wanted = config.predictor if is_foreseeing else "none"
     speculation = choose_predictor(wanted, loaded)
     prefetch = cast("Mode", config.prefetch if speculation.name != "none" else "off")
     cache = ExpertCache(
@@ -121,7 +144,14 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         use_tuned_blocks()
     arithmetic = _arithmetic(loaded, source, arena)
     # Threads are started last, when nothing is left that could be refused.
-    transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)
+    transfers: TransferEngine
+    host_arena, host_misses = None, None
+    if loaded.device.type == "cpu":
+        transfers = ThreadTransfer(source, arena, verify=config.verify_on_load)
+    else:
+        num_host_slots = _num_host_slots(config, source)
+        host_arena = SlotArena(num_host_slots, source.views, source.nbytes, is_pinned=True)
+        transfers, host_misses = over_host(loaded, config, source, (host_arena, arena))
     executor = ExpertExecutor(
         shape=source.shape,
         cache=cache,
@@ -131,10 +161,75 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         ),
         arithmetic=arithmetic,
         block_bytes=source.nbytes,
+        host_misses=host_misses,
     )
     return ExpertTier(
-        source, arena, transfers, executor, speculation.make, num_slots, speculation.name
+        source,
+        arena,
+        transfers,
+        executor,
+        speculation.make,
+        num_slots,
+        speculation.name,
+        host_arena,
+        speculation.frequencies,
     )
+
+
+def over_host(
+    loaded: LoadedModel,
+    config: EngineConfig,
+    source: ExpertSource,
+    arenas: tuple[SlotArena, SlotArena],
+    *,
+    make_link: Callable[[SlotArena, SlotArena], Link] | None = None,
+) -> tuple[TieredTransfer, HostMisses | None]:
+    """Disk -> host cache -> device, over `arenas` of host and device; and who computes misses.
+
+    `make_link` joins the two arenas; left out, it is CUDA's.
+    """
+    host_arena, arena = arenas
+    if make_link is None:
+        # Imported when asked for: only where there is a device are there streams.
+        from .experts.cuda_link import CudaLink
+
+        make_link = CudaLink
+    # What reaches the host are the device's misses, in which there is little recency left: counts
+    # serve a second level better (Zhou et al., "The Multi-Queue Replacement Algorithm", 2001).
+    eviction = make_eviction("lfu", shape=source.shape, num_slots=host_arena.num_slots)
+    host = ExpertCache(host_arena.num_slots, eviction=eviction)
+    link = make_link(host_arena, arena)
+    disk = ThreadTransfer(source, host_arena, verify=config.verify_on_load)
+    transfers = TieredTransfer(disk, link, host=host, source=source)
+    if config.on_miss == "fetch":
+        return transfers, None
+    mode: Literal["host", "auto"] = "host" if config.on_miss == "host" else "auto"
+    return transfers, HostMisses(
+        mode,
+        host=host,
+        arithmetic=_arithmetic(loaded, source, host_arena),
+        transfers=transfers,
+        nbytes=source.nbytes,
+    )
+
+
+def _num_host_slots(config: EngineConfig, source: ExpertSource) -> int:
+    free = memory.available_bytes()
+    num_slots = resolve(
+        config.host_budget,
+        slot_bytes=source.nbytes,
+        num_experts_total=source.shape.num_routed_experts,
+        available_bytes=free,
+        # Page-locked memory is lost to everything else on the machine.
+        auto_bytes=free // 2,
+        total_bytes=memory.total_bytes(),
+    )
+    if num_slots < MIN_HOST_SLOTS:
+        raise UsageError(
+            f"host memory {config.host_memory} holds {num_slots} experts: at least "
+            f"{MIN_HOST_SLOTS} ({format_bytes(MIN_HOST_SLOTS * source.nbytes)}) are needed"
+        )
+    return num_slots
 
 
 def _num_slots(loaded: LoadedModel, config: EngineConfig, source: ExpertSource) -> int:
@@ -167,10 +262,12 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
     is_packed = getattr(source, "index", None) is not None
     is_transposed = experts.is_transposed and not is_packed
     activation = adapter.activation(loaded.layers[0])
+    impl = "cpu" if arena.device.type == "cpu" else "triton"
     if activation is not None and supports(
         source.format,
         loaded.dtype,
         activation=activation,
+        impl=impl,
         is_transposed=is_transposed,
         is_concatenated=experts.is_concatenated,
         has_gate=experts.has_gate,
@@ -183,7 +280,7 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
             is_transposed=is_transposed,
             is_concatenated=experts.is_concatenated,
         )
-        return KernelArithmetic(weights, impl="cpu")
+        return KernelArithmetic(weights, impl=impl)
     return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
 
 

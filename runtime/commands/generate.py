@@ -95,7 +95,7 @@ def generate(
                 "format": engine.tier.source.format,
                 "device": str(engine.loaded.device),
                 "predictor": engine.tier.predictor_name,
-                "exact": True,
+                "exact": engine.config.is_exact,
                 "prompt_token_ids": list(result.prompt_token_ids),
                 "token_ids": list(result.token_ids),
                 "text": result.text,

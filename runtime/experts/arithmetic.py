@@ -78,12 +78,16 @@ class KernelArithmetic:
         # In numpy, since each op of torch on a handful of indices costs ten times as much.
         positions = np.concatenate(rows)
         slot_ids = np.repeat(np.asarray(slots), [len(one) for one in rows])
+        token_idx, slot_ids, out_rows = (
+            torch.from_numpy(one).to(hidden_states.device)
+            for one in (positions // top_k, slot_ids, positions)
+        )
         expert_outputs(
             hidden_states,
-            (torch.from_numpy(positions // top_k), torch.from_numpy(slot_ids)),
+            (token_idx, slot_ids),
             self._weights,
             out=out,
-            out_rows=torch.from_numpy(positions),
+            out_rows=out_rows,
             impl=self._impl,
         )
 
@@ -119,7 +123,7 @@ class ModuleArithmetic:
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is the experts module, its weights on meta."""
         for slot, row in zip(slots, rows, strict=True):
-            positions = torch.from_numpy(row)
+            positions = torch.from_numpy(row).to(hidden_states.device)
             states = hidden_states[positions // top_k]  # [n, H]
             out[positions] = self._expert(module, slot, states).to(out.dtype)
 

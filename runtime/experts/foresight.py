@@ -12,10 +12,15 @@ import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
-from .eviction import HALF_LIFE_TOKENS, Evictable, LayerLfuEviction, LookBack
+from .eviction import Evictable, LayerLfuEviction, LookBack
 
-DISCOUNT = 0.8
-"""What a use one token later is worth: a slot kept for it could have served another meanwhile."""
+DISCOUNT = 0.6
+"""What a use one token later is worth: a slot kept for it could have served another meanwhile. By
+replay (bench/LOG.md, 2026-11-26); an oracle would take 0.8, and loses 1 to 6 % of its lead."""
+
+RATE_HALF_LIFE_TOKENS = 600
+"""For what no forecast speaks of: beyond the next token an expert's use is the text's, not the
+sentence's."""
 
 REPEAT = 0.25
 """Weight of a use in the layer's last step, beside its decayed count. By replay on nano's routing
@@ -40,7 +45,7 @@ class UseRates:
     def __init__(self, shape: ModelShape) -> None:
         size = (shape.num_moe_layers, shape.num_experts)
         self._top_k = float(shape.top_k)
-        self._growth = 2.0 ** (1.0 / (HALF_LIFE_TOKENS * shape.top_k))
+        self._growth = 2.0 ** (1.0 / (RATE_HALF_LIFE_TOKENS * shape.top_k))
         self._weight = np.zeros(size)
         self._increment = [1.0] * shape.num_moe_layers
         self._last_step = [-1] * shape.num_moe_layers

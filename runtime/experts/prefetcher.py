@@ -6,7 +6,7 @@ the transfer engine.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -154,6 +154,26 @@ class Prefetcher:
         self._cancel_stale()
         if self._tables and self.reach and self._cache.prefetch_room > 0:
             self._issue()
+
+    def warm(self, keys: Iterable[ExpertKey]) -> None:
+        """Before the first pass: begin to fill free slots with these experts, the first ones first.
+
+        Its copies come after all others, and those not begun are cancelled as soon as execution
+        advances, so a pass that comes early waits for no more than a piece of each. Counted neither
+        as prefetches nor towards their limit.
+        """
+        for key in keys:
+            if not self._cache.num_free:
+                return
+            if self._cache.state(key) is not None:
+                continue
+            slot = self._cache.reserve(key, Kind.ON_DEMAND)
+            assert slot is not None, "a slot was free"
+            try:
+                self._in_flight[key] = self._transfers.submit(key, slot, Kind.PREFETCH)
+            except TransferError:
+                self._cache.abandon(slot)
+                return
 
     def settle(self) -> None:
         """Commit finished prefetches and free the slots of failed ones; neither blocks nor raises.

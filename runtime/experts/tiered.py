@@ -11,6 +11,7 @@ from typing import Protocol
 from ...collect.schema import ExpertKey
 from ..errors import TransferError
 from .cache import ExpertCache, Kind, Lease, Slot
+from .layout import ExpertSource
 from .transfer import Transfer, TransferEngine
 
 MIN_HOST_SLOTS = 8
@@ -60,13 +61,11 @@ class Link(Protocol):
 class TieredCopy:
     """TieredTransfer's Transfer: read from disk unless the host has it, then over the link."""
 
-    def __init__(
-        self, engine: "TieredTransfer", key: ExpertKey, slot: Slot, kind: Kind, nbytes: int
-    ) -> None:
+    def __init__(self, engine: "TieredTransfer", key: ExpertKey, slot: Slot, kind: Kind) -> None:
         self.key = key
         self.slot = slot
         self.kind = kind
-        self.nbytes = nbytes
+        self.nbytes = 0
         self.error: TransferError | None = None
         self.reading: Transfer | None = None
         self.lease: Lease | None = None
@@ -97,11 +96,13 @@ class TieredTransfer:
     away. Host slots are pinned while the link reads them, so it is the staging ring as well.
     """
 
-    def __init__(self, disk: TransferEngine, link: Link, *, host: ExpertCache, nbytes: int) -> None:
+    def __init__(
+        self, disk: TransferEngine, link: Link, *, host: ExpertCache, source: ExpertSource
+    ) -> None:
         self.host = host
         self._disk = disk
         self._link = link
-        self._nbytes = nbytes
+        self._source = source
         self._waiting: deque[TieredCopy] = deque()  # no host slot, or no place on the link yet
         self._reading: list[TieredCopy] = []
         self._carried: list[TieredCopy] = []
@@ -116,7 +117,12 @@ class TieredTransfer:
     def submit(self, key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
         if self._is_closed:
             raise TransferError(f"expert {key}: the transfer engine was closed")
-        copy = TieredCopy(self, key, slot, kind, self._nbytes)
+        copy = TieredCopy(self, key, slot, kind)
+        try:
+            copy.nbytes = self._source.layout(key).bytes_read
+        except Exception as error:
+            self._fail(copy, TransferError(f"expert {key} has no bytes to copy: {error!r}"))
+            return copy
         if copy.is_urgent:
             self._waiting.insert(self._num_urgent(), copy)
         else:
@@ -150,7 +156,8 @@ class TieredTransfer:
         return 1.0 / slowness
 
     def outstanding_bytes(self) -> int:
-        return self._nbytes * len({*self._waiting, *self._reading, *self._carried})
+        self.pump()
+        return sum(one.nbytes for one in (*self._waiting, *self._reading, *self._carried))
 
     def close(self) -> None:
         self._is_closed = True
@@ -238,7 +245,12 @@ class TieredTransfer:
         copy.lease = self.host.pin([copy.key])
         self._waiting.remove(copy)
         kind = Kind.ON_DEMAND if copy.is_urgent else Kind.PREFETCH
-        copy.carried = self._link.copy(copy.lease.slots[copy.key], copy.slot, kind)
+        try:
+            copy.carried = self._link.copy(copy.lease.slots[copy.key], copy.slot, kind)
+        except IndexError as error:
+            copy.lease.release()
+            self._fail(copy, TransferError(f"expert {copy.key} has nowhere to go: {error}"))
+            return
         self._carried.append(copy)
 
     def _end_reading(self, copy: TieredCopy, *, blocks: bool = False) -> None:

@@ -169,6 +169,10 @@ class ExpertMachine(RuleBasedStateMachine):
         self.prefetcher.begin_step(is_decode=is_decode)
         self.prefetcher.advance(self.step, self.layer_idx)
 
+    @rule(keys=st.lists(st.sampled_from(KEYS), max_size=6))
+    def warm_start(self, keys: list[ExpertKey]) -> None:
+        self.prefetcher.warm(keys)
+
     @rule()
     def another_sequence(self) -> None:
         self.prefetcher.begin()

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.predictors.base import Forecast
 from outrider.runtime.experts.cache import ExpertCache, Kind
-from outrider.runtime.experts.eviction import HALF_LIFE_TOKENS, make_eviction
+from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.foresight import (
     DISCOUNT,
+    RATE_HALF_LIFE_TOKENS,
     BeladyEviction,
     ForecastEviction,
 )
@@ -37,7 +38,7 @@ class Past:
         self.uses[key.layer_idx].append((step, key.expert_idx))
 
     def rate(self, key: ExpertKey) -> float:
-        half_life = HALF_LIFE_TOKENS * SHAPE.top_k
+        half_life = RATE_HALF_LIFE_TOKENS * SHAPE.top_k
         ages = list(enumerate(reversed(self.uses[key.layer_idx])))
         total = sum(2.0 ** (-age / half_life) for age, _ in ages)
         own = sum(2.0 ** (-age / half_life) for age, (_, e) in ages if e == key.expert_idx)

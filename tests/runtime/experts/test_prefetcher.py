@@ -235,6 +235,25 @@ def test_what_the_next_tokens_forecast_read_ahead_is_told_apart_once() -> None:
     assert not bench.prefetcher.was_for_next(key(0, 1))
 
 
+def test_a_warm_start_fills_free_slots_and_gives_way_to_the_first_pass() -> None:
+    bench = Bench(num_slots=4, mode="off", limit=1)
+    bench.load(key(3, 7))
+    bench.prefetcher.warm([key(0, 0), key(3, 7), key(0, 1), key(1, 1), key(2, 2)])
+    assert bench.queued() == [key(0, 0), key(0, 1), key(1, 1)], "as many as there are slots"
+    arrived, begun, _ = bench.engine.pending
+    bench.engine.complete(arrived)
+    bench.engine.start(begun)
+    bench.prefetcher.advance(0, -1)
+    assert bench.cache.state(key(0, 0)) is SlotState.READY
+    assert bench.queued() == [key(0, 1)], "what was not begun is cancelled"
+    assert bench.prefetcher.claim(key(0, 1)) is begun, "what was begun is waited for if needed"
+    bench.engine.complete(begun)
+    bench.cache.commit(begun.slot)
+    assert not bench.cache.record_use(key(0, 0)), "resident, and not a prefetch"
+    assert bench.cache.counters.prefetch_issued == 0
+    bench.cache.check()
+
+
 def test_repeated_failures_turn_prefetching_off(caplog: pytest.LogCaptureFixture) -> None:
     bench = Bench()
     for step in range(1, MAX_FAILURES + 3):

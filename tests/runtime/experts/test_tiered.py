@@ -62,7 +62,7 @@ def device_of(
     disk = ManualTransfer(source, host_arena, bandwidth=1e9)
     host = ExpertCache(host_slots, eviction=make_eviction("lfu", shape=SHAPE, num_slots=host_slots))
     link = CudaLink(host_arena, FakeDeviceArena(arena, cuda), cuda=cuda)  # type: ignore[arg-type]
-    engine = TieredTransfer(disk, link, host=host, nbytes=source.nbytes)
+    engine = TieredTransfer(disk, link, host=host, source=source)
     return Device(source, cuda, arena, disk, host, engine)
 
 
@@ -268,7 +268,7 @@ def test_copies_on_a_card_hold_their_experts(tmp_path: Path) -> None:
     ):
         host = ExpertCache(8, eviction=make_eviction("lfu", shape=SHAPE, num_slots=8))
         disk = ManualTransfer(source, host_arena)
-        engine = TieredTransfer(disk, CudaLink(host_arena, arena), host=host, nbytes=source.nbytes)
+        engine = TieredTransfer(disk, CudaLink(host_arena, arena), host=host, source=source)
         for number in range(40):
             key, slot = KEYS[number % len(KEYS)], number % 4
             engine.submit(key, slot, Kind.PREFETCH if number % 3 else Kind.ON_DEMAND).wait()

@@ -8,10 +8,12 @@ import torch
 
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.errors import TransferError
-from outrider.runtime.experts.cache import Kind
+from outrider.runtime.experts.cache import ExpertCache, Kind
+from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.slots import SlotArena
+from outrider.runtime.experts.tiered import TieredTransfer
 from outrider.runtime.experts.transfer import ThreadTransfer, TransferEngine
-from outrider.runtime.testing import ManualTransfer, SyntheticExperts, write_experts
+from outrider.runtime.testing import InstantLink, ManualTransfer, SyntheticExperts, write_experts
 
 SHAPE = ModelShape(
     num_moe_layers=2, num_experts=6, top_k=2, hidden_size=40, expert_size=24, fingerprint=""
@@ -29,6 +31,20 @@ ENGINES: dict[str, Callable[[SyntheticExperts, SlotArena], TransferEngine]] = {
         source, arena, num_threads=4, piece_bytes=4096
     ),
 }
+
+
+def tiered(source: SyntheticExperts, arena: SlotArena, *, num_host_slots: int) -> TransferEngine:
+    """Disk, host cache and a link that is a plain copy: all of a card's way but the card."""
+    host_arena = SlotArena(num_host_slots, source.views, source.nbytes)
+    host = ExpertCache(
+        num_host_slots, eviction=make_eviction("lfu", shape=SHAPE, num_slots=num_host_slots)
+    )
+    disk = ThreadTransfer(source, host_arena, piece_bytes=4096)
+    return TieredTransfer(disk, InstantLink(host_arena, arena), host=host, source=source)
+
+
+ENGINES["tiered"] = lambda source, arena: tiered(source, arena, num_host_slots=3)
+ENGINES["tiered-all-on-host"] = lambda source, arena: tiered(source, arena, num_host_slots=20)
 
 
 @pytest.fixture(params=["packed", "checkpoint"])
