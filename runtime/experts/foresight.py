@@ -18,7 +18,7 @@ DISCOUNT = 0.6
 """What a use one token later is worth: a slot kept for it could have served another meanwhile. By
 replay (bench/LOG.md, 2026-11-26); an oracle would take 0.8, and loses 1 to 6 % of its lead."""
 
-RATE_HALF_LIFE_TOKENS = 600
+RATE_HALF_LIFE_TOKENS = 200
 """For what no forecast speaks of: beyond the next token an expert's use is the text's, not the
 sentence's."""
 

@@ -80,7 +80,7 @@ class SlotArena:
                 f"be allocated on {self.device}; give a smaller --expert-memory"
             ) from error
         if pinned is not None:
-            self._blocks = memoryview(pinned.numpy())
+            self._blocks = pinned.numpy().data
         else:
             self._blocks = None if self._memory is None else memoryview(self._memory)
         self._bytes: torch.Tensor = arena.view(num_slots, nbytes)

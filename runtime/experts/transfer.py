@@ -50,7 +50,10 @@ class Transfer(Protocol):
 class TransferEngine(Protocol):
     """Owner of copy threads or streams."""
 
-    degraded: bool
+    @property
+    def degraded(self) -> bool:
+        """Copies go on, but not as they should: a thread died."""
+        ...
 
     def submit(self, key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
         """Queue a copy; on-demand copies overtake prefetches, piece by piece. Does not block.
