@@ -1,4 +1,4 @@
-"""Slots filled before the first pass with what training text used most, at no first token's cost."""
+"""Slots filled before the first pass with what training text used most; no first token waits."""
 
 import threading
 from typing import Any
