@@ -14,7 +14,7 @@ FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
 SOAK_S ?= 600
 
-.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano aot clean help
+.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -59,6 +59,9 @@ test-floor: $(FLOORED) ## engine and models with the lowest versions allowed (Py
 
 nano: $(DEVELOPED) ## make the built-in model again, from package downloads to weights (hours)
 	$(BIN)/python -m recipes.nano all
+
+nano-predictor: $(DEVELOPED) ## train the built-in model's predictor again and print its table (an hour)
+	$(BIN)/python -m recipes.nano predictor
 
 # Figures of another compiler version are not compared, so this follows a new triton.
 aot: $(DEVELOPED) ## compile the GPU kernels for four architectures again, renew their table (no GPU)

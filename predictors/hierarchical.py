@@ -17,7 +17,7 @@ from ..collect.schema import ModelShape
 from .cluster import assign, k_means
 from .context import UNKNOWN, ContextPredictor, Window
 from .encoder import Encoder, Frames
-from .live import LiveHierarchical
+from .live import LiveHierarchical, Remembered
 from .network import Network, NetworkFamily
 from .presets import Settings
 
@@ -176,15 +176,19 @@ class HierarchicalPredictor(ContextPredictor):
         self._live = live
         self._encoded: np.ndarray | None = None
         self._encoded_id = UNKNOWN
+        self._known = Remembered()
+        self._last_layer = family.shape.num_moe_layers
 
     def begin(self, prompt_ids: np.ndarray) -> None:
         super().begin(prompt_ids)
         self._encoded = None
+        self._known.forget()
+        self._last_layer = self.shape.num_moe_layers
 
     def log_odds(self, window: Window, horizon: int) -> np.ndarray:
         token_id = int(window.token_id[0])
         if self._encoded is None or token_id != self._encoded_id:
-            self._encoded, self._encoded_id = self._live.encoder(window), token_id
+            self._encoded, self._encoded_id = self._live.encoder(window, self._known), token_id
         base = self._statistics.log_odds(window, horizon)[0]
         return self._live.scores(self._encoded, base, horizon)[None]
 
@@ -197,6 +201,9 @@ class HierarchicalPredictor(ContextPredictor):
     ) -> None:
         # What was seen is another token's context from now on.
         self._encoded = None
+        if layer_idx <= self._last_layer:
+            self._known.advance(len(topk_ids))
+        self._last_layer = layer_idx
         super().observe(layer_idx, topk_ids, topk_weights, router_input)
 
 

@@ -62,14 +62,22 @@ class LiveBlock:
         self._out, self._lag = Linear(block.out), _array(block.lag)
         self._feed_in, self._feed_out = Linear(block.feed_in), Linear(block.feed_out)
 
-    def __call__(self, x: np.ndarray, is_seen: np.ndarray, lags: np.ndarray) -> np.ndarray:
-        """`is_seen`, `lags` [Q, T]; Q is T, or 1 for the last frame alone."""
+    def keys_values(self, x: np.ndarray) -> np.ndarray:
+        """[T, 2 * W] of frames [T, W]."""
+        return self._key_value(self._norm(x))
+
+    def __call__(
+        self, x: np.ndarray, keys_values: np.ndarray, is_seen: np.ndarray, lags: np.ndarray
+    ) -> np.ndarray:
+        """The asking frames `x` [Q, W] over the frames of `keys_values` [T, 2 * W].
+
+        `is_seen`, `lags` [Q, T].
+        """
         num_asking, num_frames = lags.shape
         width = x.shape[1]
         size = width // self._heads
-        seen = self._norm(x)
-        query = self._query(seen[-num_asking:]).reshape(num_asking, self._heads, size)
-        key, value = self._key_value(seen).reshape(num_frames, 2, self._heads, size).swapaxes(0, 1)
+        query = self._query(self._norm(x)).reshape(num_asking, self._heads, size)
+        key, value = keys_values.reshape(num_frames, 2, self._heads, size).swapaxes(0, 1)
         scores = np.einsum("qhd,thd->hqt", query, key) * np.float32(size**-0.5)
         scores += self._lag[:, lags]
         scores[:, ~is_seen] = -np.inf
@@ -77,9 +85,33 @@ class LiveBlock:
         np.exp(scores, out=scores)
         scores /= scores.sum(axis=-1, keepdims=True)
         mixed = np.einsum("hqt,thd->qhd", scores, value).reshape(num_asking, width)
-        x = x[-num_asking:] + self._out(mixed)
+        x = x + self._out(mixed)
         fed = torch.from_numpy(self._feed_in(self._feed_norm(x)))
         return x + self._feed_out(F.gelu(fed).numpy())
+
+
+@dataclass(slots=True)
+class Remembered:
+    """A sequence's frames as the encoder's first block sees them, newest first.
+
+    `rows` [T, 3 * W] hold a frame, its key and its value; `newest` is the frame of the token about
+    to run, which joins them once that token has run.
+    """
+
+    rows: np.ndarray | None = None
+    newest: np.ndarray | None = None
+
+    def forget(self) -> None:
+        """What is known of the sequence is out of date."""
+        self.rows = self.newest = None
+
+    def advance(self, num_tokens: int) -> None:
+        """A pass over so many tokens has begun."""
+        if num_tokens != 1 or self.newest is None:
+            self.forget()
+            return
+        parts = [self.newest] if self.rows is None else [self.newest, self.rows]
+        self.rows, self.newest = np.concatenate(parts), None
 
 
 class LiveEncoder:
@@ -100,14 +132,40 @@ class LiveEncoder:
         self._blocks = [LiveBlock(block) for block in encoder.blocks]  # type: ignore[arg-type]
         self._norm = Norm(encoder.norm)
 
-    def __call__(self, window: Window) -> np.ndarray:
-        """[1, W] of a window of one row."""
+    def __call__(self, window: Window, known: Remembered) -> np.ndarray:
+        """[1, W] of a window of one row; `known` is read and brought up to date."""
         length = int(window.length[0])
-        frames = min(length + 1, window.past_ids.shape[1])
-        # Newest first, as the window has them; frame i's predecessor is past token i.
-        ids = np.concatenate([window.token_id, window.past_ids[0, : frames - 1]])
+        num_frames = min(length + 1, window.past_ids.shape[1])
+        num_known = 0 if known.rows is None else min(len(known.rows), num_frames - 1)
+        if num_known < num_frames - 1:
+            # After a prompt, whose frames nobody asked for.
+            num_known = 0
+        fresh = self._frames(window, num_frames - num_known, length)
+        first = self._blocks[0] if self._blocks else None
+        if first is not None:
+            fresh = np.concatenate([fresh, first.keys_values(fresh)], axis=1)
+        rows = fresh
+        if num_known and known.rows is not None:
+            rows = np.concatenate([fresh, known.rows[:num_known]])
+        known.newest, known.rows = rows[:1], rows[1:]
+        rows = rows[::-1]
+        width = len(self._none)
+        x, keys_values = rows[:, :width], rows[:, width:]
+        lags = np.arange(num_frames)[:, None] - np.arange(num_frames)
+        is_seen = (lags >= 0) & (lags < self._context)
+        lags = np.clip(lags, 0, self._context - 1)
+        for index, block in enumerate(self._blocks):
+            if index:
+                keys_values = block.keys_values(x)
+            asking = slice(-1, None) if index == len(self._blocks) - 1 else slice(None)
+            x = block(x[asking], keys_values, is_seen[asking], lags[asking])
+        return self._norm(x[-1:])
+
+    def _frames(self, window: Window, count: int, length: int) -> np.ndarray:
+        """[count, W] of the newest frames, newest first; frame i follows past token i."""
+        ids = np.concatenate([window.token_id, window.past_ids[0, : count - 1]])
         x = self._own[np.where(ids == UNKNOWN, 0, self._vocabulary.rows(ids))]
-        there = min(length, frames)
+        there = min(length, count)
         if there:
             cells = window.topk_ids[0, :there]
             layers = np.arange(cells.shape[1])[:, None] * self._num_experts
@@ -118,14 +176,7 @@ class LiveEncoder:
                 hidden = window.hidden[0, :there].reshape(there, -1)
                 x[:there] += self._states(self._states_norm(hidden))
         x[there:] += self._none
-        x = x[::-1]
-        lags = np.arange(frames)[:, None] - np.arange(frames)
-        is_seen = (lags >= 0) & (lags < self._context)
-        lags = np.clip(lags, 0, self._context - 1)
-        for index, block in enumerate(self._blocks):
-            asking = slice(-1, None) if index == len(self._blocks) - 1 else slice(None)
-            x = block(x, is_seen[asking], lags[asking])
-        return self._norm(x[-1:])
+        return x
 
 
 @dataclass(slots=True)

@@ -75,6 +75,14 @@ def sample(out: Out = SAMPLE) -> None:
     write(corpora.fetch(CORPORA), out)
 
 
+@app.command()
+def predictor(out: Out = MODEL / "predictor") -> None:
+    """Collect traces of the built-in model, train its predictor, print the table, ship it."""
+    from .predictor import make
+
+    make(CORPORA, BUILD / "predictor", out)
+
+
 @app.command(name="all")
 def everything(
     tokens: Tokens = 9_000_000,

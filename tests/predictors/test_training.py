@@ -154,9 +154,6 @@ def test_running_says_what_recorded_windows_say(folders, test_split):
                     hidden_layers=family.hidden_layers,
                 )  # fmt: skip
                 recorded = family.log_odds(window, horizon)
-                predictor.before_token(int(test_split.token_id[row]), horizon)
-                live = predictor.log_odds(window, horizon)
-                np.testing.assert_allclose(live, recorded, atol=2e-4)
                 forecast = predictor.before_token(int(test_split.token_id[row]), horizon)
                 expected = family.calibration.probability(recorded, horizon)[0]
                 np.testing.assert_allclose(forecast.probability, expected, atol=2e-3)
@@ -329,11 +326,15 @@ def test_losses_curriculum_and_balance_can_all_be_trained_with(readers, tmp_path
 @pytest.mark.slow
 def test_two_processes_train_one_predictor(drift, tmp_path):
     """`torchrun` with two processes on the CPU: one folder, as good as one process's."""
+    script = Path(sys.executable).with_name("outrider")
+    options = {
+        "--predictor": "hierarchical", "--out": tmp_path / "P", "--width": 32, "--heads": 2,
+        "--clusters": 3, "--epochs": 8, "--batch-size": 128, "--lr": 0.006, "--dropout": 0,
+    }  # fmt: skip
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-        "29511", "-m", "outrider.runtime.cli", "train", str(drift.folder), "--predictor",
-        "hierarchical", "--out", str(tmp_path / "P"), "--width", "32", "--heads", "2",
-        "--clusters", "3", "--epochs", "8", "--batch-size", "128", "--lr", "0.006",
+        "29511", "--no-python", str(script), "train", str(drift.folder),
+        *(str(part) for option in options.items() for part in option),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     run = subprocess.run(
