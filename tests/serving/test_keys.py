@@ -19,6 +19,8 @@ from outrider.runtime.serving.client import Client
 from outrider.runtime.serving.keys import client_keys, make_keys, server_keys
 from outrider.runtime.serving.transport import check_library
 
+OUTRIDER = Path(sys.executable).with_name("outrider")
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -56,6 +58,23 @@ def test_a_listed_key_is_served(server, folder):
         items = list(client.generate(request))
     tokens = b"".join(bytes(item.token_ids) for item in items[:-1])
     assert tokens == answer("with a key", 5)
+
+
+def test_the_commands_make_keys_and_ask_with_them(server, folder, tmp_path):
+    made = subprocess.run(
+        [OUTRIDER, "serve", "--make-keys", tmp_path / "new"],
+        capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert made.returncode == 0, made.stderr
+    assert {Path(line).name for line in made.stdout.splitlines()} == {
+        "server.key", "server.key_secret", "client.key", "client.key_secret"
+    }  # fmt: skip
+    ask = [OUTRIDER, "ask", "--connect", server.address, "--prompt", "keyed", "--max-tokens", "6"]
+    done = subprocess.run([*ask, "--keys", folder], capture_output=True, text=True, timeout=280)
+    assert (done.returncode, done.stdout) == (0, answer("keyed", 6).decode() + "\n")
+    refused = subprocess.run([*ask, "--timeout", "1"], capture_output=True, text=True, timeout=280)
+    assert refused.returncode == 1 and refused.stdout == ""
+    assert "that the keys are the right ones" in refused.stderr
 
 
 def test_nobody_else_reaches_the_decoder(server, folder, tmp_path_factory):
@@ -125,7 +144,7 @@ def test_an_address_that_is_none_is_refused_with_what_is_accepted(address):
     "arguments", [["--bind", "tcp://0.0.0.0:5555"], ["--keys", "/nowhere"], ["--bind", "http://x"]]
 )
 def test_serve_refuses_in_one_line_before_it_loads_a_model(arguments):
-    command = [Path(sys.executable).with_name("outrider"), "serve", *arguments]
+    command = [OUTRIDER, "serve", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ, timeout=280)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("outrider: ") and done.stderr.count("\n") == 1
