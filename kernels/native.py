@@ -21,6 +21,7 @@ from .weights import ExpertWeights
 _FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
 DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_PARTS = {"int8": "scale", "int4": "scale", "nf4": "absmax"}
+ISAS = ("avx512_vnni", "avx512", "avx2", "neon", "generic")
 _STATUS = {
     1: "token_idx holds a token that hidden_states has not",
     2: "slot_ids holds a slot that the arena has not",
@@ -148,9 +149,18 @@ def is_available() -> bool:
 
 
 def isa() -> str:
-    """Which kernels run: avx512, avx2, neon, generic, or `torch` without the library."""
+    """Which kernels run: one of `ISAS`, or `torch` without the library."""
     lib = library()
     return "torch" if lib is None else lib.outrider_isa().decode()
+
+
+def use_isa(name: str) -> bool:
+    """Compute with the kernels of `name` from now on; False where processor or build lacks them.
+
+    The widest is chosen without being asked; tests and measurements ask for the others.
+    """
+    lib = library()
+    return lib is not None and bool(lib.outrider_use_isa(name.encode()))
 
 
 def serves(weights: ExpertWeights) -> bool:

@@ -38,7 +38,7 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         int64_t t = atomic_fetch_add(&dense->next[0], 1);
         if (t >= count) break;
         kernels->widen(dense->format, dense->x + t * dense->x_stride, matrix->k, scratch);
-        kernels->prepare(matrix->format, dense->format == FP32, scratch, matrix->k, 0, matrix->k,
+        kernels->prepare(matrix->format, scratch, matrix->k, 0, matrix->k,
                          dense->x_values + t * dense->values, dense->x_sums + t * dense->sums);
     }
     barrier_wait(&dense->barrier, num_threads);
@@ -73,7 +73,7 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
                    .num_tokens = num_tokens, .x_stride = x_stride, .format = format};
     if (num_tokens == 0) return OK;
     dense.values = kernels->values_size(matrix->format, matrix->k);
-    dense.sums = kernels->sums_size(matrix->format, matrix->k);
+    dense.sums = (kernels->sums_size(matrix->format, matrix->k) + 15) / 16 * 16;
     dense.rows = ROWS_AT_ONCE;
     if (num_tokens <= MAX_ROW_TOKENS) {
         dense.rows = 128;
@@ -83,7 +83,10 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
                          16 * (matrix->k / GROUP + 32) + num_tokens * dense.rows;
     size_t floats = (size_t)(num_tokens * (dense.values + dense.sums) +
                              num_threads * dense.scratch_size);
-    float *memory = malloc(floats * sizeof(float));
+    /* whole cache lines: vectors of digits must not straddle two */
+    dense.scratch_size = (dense.scratch_size + 15) / 16 * 16;
+    floats += (size_t)num_threads * 16;
+    float *memory = aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64);
     dense.tokens = malloc((size_t)num_tokens * sizeof(Prepared));
     int status = memory && dense.tokens ? OK : NO_MEMORY;
     if (status == OK) {

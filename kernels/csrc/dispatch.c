@@ -6,6 +6,7 @@
 
 static const Kernels *const candidates[] = {
 #if defined(__x86_64__)
+    &kernels_avx512_vnni,
     &kernels_avx512,
     &kernels_avx2,
 #elif defined(__aarch64__)

@@ -124,7 +124,7 @@ static void prepare_tokens(const Plan *plan, float *scratch) {
         int64_t t = atomic_fetch_add(&plan->next[0], 1);
         if (t >= in->num_tokens) return;
         plan->kernels->widen(in->format, in->x + t * in->x_stride, k, scratch);
-        plan->kernels->prepare(plan->experts->gate_up.format, in->format == FP32, scratch, k, 0, k,
+        plan->kernels->prepare(plan->experts->gate_up.format, scratch, k, 0, k,
                                plan->x_values + t * plan->values, plan->x_sums + t * plan->sums);
     }
 }
@@ -142,7 +142,7 @@ static Prepared inner_of(const Plan *plan, int64_t row) {
 
 static void prepare_inner(const Plan *plan, int64_t row, int64_t from, int64_t to) {
     int64_t k = plan->experts->down.k;
-    plan->kernels->prepare(plan->experts->down.format, plan->in->format == FP32,
+    plan->kernels->prepare(plan->experts->down.format,
                            plan->h + row * k, k, from, to, plan->h_values + row * plan->inner_values,
                            plan->h_sums + row * plan->inner_sums);
 }
@@ -279,9 +279,9 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
     if (status != OK || n == 0) return status;
     Plan plan = {.kernels = kernels, .experts = experts, .in = in};
     plan.values = kernels->values_size(experts->gate_up.format, hidden);
-    plan.sums = kernels->sums_size(experts->gate_up.format, hidden);
+    plan.sums = (kernels->sums_size(experts->gate_up.format, hidden) + 15) / 16 * 16;
     plan.inner_values = kernels->values_size(experts->down.format, inner);
-    plan.inner_sums = kernels->sums_size(experts->down.format, inner);
+    plan.inner_sums = (kernels->sums_size(experts->down.format, inner) + 15) / 16 * 16;
     plan.groups = malloc(sizeof(Group) * (size_t)min64(n, experts->num_slots));
     plan.order = malloc(sizeof(int64_t) * (size_t)n);
     int64_t steps = plan.groups && plan.order ? group_assignments(&plan) : -1;
@@ -292,6 +292,7 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
         int64_t longest = hidden > inner ? hidden : inner;
         plan.scratch_size = (kernels->tiles_scratch > longest ? kernels->tiles_scratch : longest) +
                             16 * (longest / GROUP + 32) + 2 * TOKENS_AT_ONCE * TILE_CHUNK;
+        plan.scratch_size = (plan.scratch_size + 15) / 16 * 16;
         plan.sub = CHUNK;
         while (plan.sub > 32 && chunks * (CHUNK / plan.sub) < 16 * num_threads) plan.sub /= 2;
         int64_t sizes[] = {

@@ -1,78 +1,4 @@
-/* int8 and int4 rows on AVX2 in whole numbers; part of rows.h.
-
-   Turning each weight into a float costs more than memory does. Here the inputs of a block are held as
-   whole numbers of one power of two, cut into digits of two bytes (int8) or one (int4), and products
-   are summed exactly in integers, 16 or 32 to an operation; the sum meets its scale as a float.
-   int8: 30 bits in blocks of 128. int4: 22 bits in groups of 64 where the activations are fp32 (the
-   error of either is that of fp32 sums), 15 bits where they are bf16 or fp16: within 2^-15 of the
-   group's largest, which keeps all of a bf16 down to 1/128 of that and is a hundred times finer than
-   rounding to bf16. A block holding NaN or infinity gives NaN. */
-
-enum { WIDE_BITS = 30, DIGIT_BYTES = 3 * GROUP };
-
-typedef struct {
-    float scale, factor; /* to whole numbers and back */
-} Unit;
-
-/* The power of two that gives the largest of `count` inputs (a multiple of 8) `bits` bits. */
-INLINE Unit unit_of(const float *x, int count, int bits) {
-    __m256i largest = _mm256_setzero_si256(), magnitude = _mm256_set1_epi32(0x7fffffff);
-    int32_t lane[8], top = 0, power;
-    for (int i = 0; i < count; i += 8) {
-        __m256i raw = _mm256_loadu_si256((const __m256i *)(x + i));
-        largest = _mm256_max_epi32(largest, _mm256_and_si256(raw, magnitude));
-    }
-    memcpy(lane, &largest, sizeof lane);
-    for (int i = 0; i < 8; i++) top = lane[i] > top ? lane[i] : top;
-    if (top >= 0x7f800000) return (Unit){0, NAN};
-    /* Fifteen bits are two signed bytes but for the topmost values: those move to the next power. */
-    if (bits == 15 && (top & 0x7fffff) > 0x7e0000) top += 0x800000;
-    power = bits - (top >> 23);
-    if (power > bits - 40) power = bits - 40; /* the rest is zero beside any product */
-    int32_t up = (power + 126 + 127) << 23, down = (127 - power - 126) << 23;
-    Unit unit;
-    memcpy(&unit.scale, &up, 4);
-    memcpy(&unit.factor, &down, 4);
-    return unit;
-}
-
-INLINE __m256i whole_numbers(const float *x, Unit unit) {
-    if (unit.scale == 0) return _mm256_setzero_si256(); /* a NaN has no whole number */
-    return _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), _mm256_set1_ps(unit.scale)));
-}
-
-INLINE int32_t sum_ints(__m256i v) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
-}
-
-/* What a format's inputs take behind the `values` that tiles use: digits, then factors, then (int4)
-   the number of digits. Counted in floats. */
-INLINE int64_t blocks(int64_t k) { return (k + PERIOD - 1) / PERIOD; }
-INLINE int64_t digits_size(int32_t format, int64_t k) {
-    return blocks(k) * (format == INT8 ? PERIOD : 2 * DIGIT_BYTES / 4);
-}
-INLINE int64_t fixed_size(int32_t format, int64_t k) {
-    return digits_size(format, k) + 2 * blocks(k) + W + 1;
-}
-INLINE const uint8_t *fixed_digits(const float *values, int64_t k) {
-    return (const uint8_t *)(values + blocks(k) * PERIOD);
-}
-INLINE const float *fixed_factors(int32_t format, const float *values, int64_t k) {
-    return values + blocks(k) * PERIOD + digits_size(format, k);
-}
-INLINE float *fixed_count(float *values, int64_t k) {
-    return (float *)fixed_factors(INT4, values, k) + 2 * blocks(k) + W;
-}
-
-/* Up to `count` inputs from x, zeros after them. */
-INLINE const float *padded(const float *x, int64_t left, int64_t count, float *buffer) {
-    if (left >= count) return x;
-    memset(buffer, 0, sizeof(float) * (size_t)count);
-    memcpy(buffer, x, sizeof(float) * (size_t)left);
-    return buffer;
-}
+/* int8 and int4 rows on AVX2 in whole numbers (whole.h); part of rows.h. */
 
 /* int8: of each 16 inputs the high and the low 16 bits; factors of the high and the low sums. */
 static void fix_int8(const float *x, int64_t k, int64_t from, int64_t to, float *values) {
@@ -95,58 +21,6 @@ static void fix_int8(const float *x, int64_t k, int64_t from, int64_t to, float 
             _mm256_storeu_si256(out, _mm256_permute4x64_epi64(high, 0xd8));
             _mm256_storeu_si256(out + 1, _mm256_permute4x64_epi64(low, 0xd8));
         }
-    }
-}
-
-/* 32 ints that fit a byte, in order */
-INLINE __m256i pack_bytes(const __m256i *v) {
-    __m256i low = _mm256_packs_epi32(v[0], v[1]), high = _mm256_packs_epi32(v[2], v[3]);
-    return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
-                                       _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-}
-
-/* One group -> three digits, the highest first (zero if two do); returns 8 x its sum. */
-INLINE float fix_group(const float *x, Unit unit, int count, uint8_t *digits) {
-    __m256i whole[8], total = _mm256_setzero_si256();
-    for (int i = 0; i < 8; i++) {
-        whole[i] = whole_numbers(x + 8 * i, unit);
-        total = _mm256_add_epi32(total, whole[i]);
-    }
-    memset(digits, 0, GROUP);
-    for (int d = 2; d > 2 - count; d--) {
-        __m256i digit[8];
-        for (int i = 0; i < 8; i++) {
-            digit[i] = d > 3 - count ? _mm256_srai_epi32(_mm256_slli_epi32(whole[i], 24), 24)
-                                     : whole[i];
-            whole[i] = _mm256_srai_epi32(_mm256_sub_epi32(whole[i], digit[i]), 8);
-        }
-        _mm256_storeu_si256((__m256i *)(digits + d * GROUP), pack_bytes(digit));
-        _mm256_storeu_si256((__m256i *)(digits + d * GROUP + 32), pack_bytes(digit + 4));
-    }
-    return 8.0f * (float)sum_ints(total);
-}
-
-static void fix_int4(int fine, const float *x, int64_t k, int64_t from, int64_t to, float *values,
-                     float *sums) {
-    uint8_t *digits = (uint8_t *)fixed_digits(values, k);
-    float *factors = (float *)fixed_factors(INT4, values, k);
-    int count = fine ? 3 : 2;
-    for (int64_t base = from; base < to; base += GROUP) {
-        int64_t g = base / GROUP;
-        float buffer[GROUP];
-        const float *group = padded(x + base, k - base, GROUP, buffer);
-        Unit unit = unit_of(group, GROUP, count == 2 ? 15 : 22);
-        factors[g] = unit.factor;
-        sums[g] = fix_group(group, unit, count, digits + g * DIGIT_BYTES);
-    }
-    if (to == k) {
-        int64_t groups = (k + GROUP - 1) / GROUP, rest = groups % W;
-        float *last = sums + 2 * blocks(k);
-        for (int64_t g = groups; g < 2 * blocks(k) + W; g++) factors[g] = 0;
-        for (int i = 0; i < W; i++) last[i] = 0;
-        for (int64_t i = 0; i < rest; i++)
-            last[(groups < W ? 0 : W - rest) + i] = sums[groups - rest + i];
-        *fixed_count(values, k) = (float)count;
     }
 }
 
@@ -228,7 +102,7 @@ INLINE __m256i digit_sum(__m256i low, __m256i high, const uint8_t *digit) {
     return _mm256_add_epi16(a, b);
 }
 
-INLINE void fixed_int4_row(int count, int rows, int tokens, const Run *run, int64_t first,
+INLINE void fixed_int4_row(int rows, int tokens, const Run *run, int64_t first,
                            int64_t apart, const Prepared *inputs, float *restrict scales,
                            float *restrict out, int64_t stride) {
     int64_t k = run->k, bytes = row_bytes(INT4, k), groups = (k + GROUP - 1) / GROUP;
@@ -250,13 +124,9 @@ INLINE void fixed_int4_row(int count, int rows, int tokens, const Run *run, int6
             UNROLL for (int m = 0; m < tokens; m++) {
                 const uint8_t *d = digits[m] + g * DIGIT_BYTES;
                 __m256i t = _mm256_madd_epi16(digit_sum(low, high, d + 2 * GROUP), one);
-                __m256i upper = _mm256_madd_epi16(digit_sum(low, high, d + GROUP),
-                                                  count == 2 ? base : one);
-                if (count == 3) {
-                    __m256i top = _mm256_madd_epi16(digit_sum(low, high, d), base);
-                    upper = _mm256_slli_epi32(_mm256_add_epi32(top, upper), 8);
-                }
-                t = _mm256_add_epi32(t, upper);
+                __m256i middle = _mm256_madd_epi16(digit_sum(low, high, d + GROUP), one);
+                __m256i top = _mm256_madd_epi16(digit_sum(low, high, d), base);
+                t = _mm256_add_epi32(t, _mm256_slli_epi32(_mm256_add_epi32(top, middle), 8));
                 acc[r][m] = fma_(splat(scales[(r * tokens + m) * scales_apart + g]),
                                  to_float((vi)t), acc[r][m]);
             }
@@ -266,38 +136,17 @@ INLINE void fixed_int4_row(int count, int rows, int tokens, const Run *run, int6
             out[m * stride + first + r * apart] = sum(acc[r][m]);
 }
 
-INLINE void fixed_int4_rows(int count, int tokens, const Run *run, const Prepared *inputs,
-                            float *scratch, float *out, int64_t stride) {
+INLINE void fixed_int4_rows(int tokens, const Run *run, const Prepared *inputs, float *scratch,
+                            float *out, int64_t stride) {
     int64_t apart = run->rows / 4;
     for (int64_t r = 0; r < apart; r++)
-        fixed_int4_row(count, 4, tokens, run, r, apart, inputs, scratch, out, stride);
+        fixed_int4_row(4, tokens, run, r, apart, inputs, scratch, out, stride);
     for (int64_t r = apart * 4; r < run->rows; r++)
-        fixed_int4_row(count, 1, tokens, run, r, 0, inputs, scratch, out, stride);
+        fixed_int4_row(1, tokens, run, r, 0, inputs, scratch, out, stride);
 }
 
-static void int4_1(const Run *run, const Prepared *inputs, float *scratch, float *out,
-                         int64_t stride) {
-    if (*fixed_count((float *)inputs->values, run->k) == 2)
-        fixed_int4_rows(2, 1, run, inputs, scratch, out, stride);
-    else
-        fixed_int4_rows(3, 1, run, inputs, scratch, out, stride);
-}
-
-/* More tokens than one take three digits: a first digit of zero adds nothing, so the bits stay. */
-#define INT4_ROWS(tokens)                                                                        \
-    static void int4_##tokens(const Run *run, const Prepared *inputs, float *scratch,       \
-                                    float *out, int64_t stride) {                                 \
-        fixed_int4_rows(3, tokens, run, inputs, scratch, out, stride);                            \
-    }
-INT4_ROWS(2)
-INT4_ROWS(3)
-INT4_ROWS(4)
-
-static void int8_1(const Run *run, const Prepared *inputs, float *scratch, float *out,
-                         int64_t stride) {
+INLINE void fixed_int8_rows(const Run *run, const Prepared *inputs, float *out) {
     int64_t apart = run->rows / 4;
-    (void)scratch;
-    (void)stride;
     for (int64_t r = 0; r < apart; r++)
         fixed_int8_row(4, run, r, apart, inputs->values, out);
     for (int64_t r = apart * 4; r < run->rows; r++)

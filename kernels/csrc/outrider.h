@@ -46,9 +46,8 @@ typedef struct {
     /* floats that `values` of k inputs takes, and that `sums` takes */
     int64_t (*values_size)(int32_t format, int64_t k);
     int64_t (*sums_size)(int32_t format, int64_t k);
-    /* natural inputs [from, to) -> values, sums; `from` is a multiple of 128, and so is `to` or it is k;
-       `fine`: the activations are fp32, see fixed.h */
-    void (*prepare)(int32_t format, int fine, const float *x, int64_t k, int64_t from, int64_t to,
+    /* natural inputs [from, to) -> values, sums; `from` is a multiple of 128, and so is `to` or it is k */
+    void (*prepare)(int32_t format, const float *x, int64_t k, int64_t from, int64_t to,
                     float *values, float *sums);
     /* out[m * stride + r] = row r . token m, scales applied; scratch holds 16 (k / 64 + 32) floats */
     void (*rows[NUM_FORMATS][MAX_ROW_TOKENS])(const Run *run, const Prepared *tokens, float *scratch,
@@ -64,7 +63,7 @@ typedef struct {
     float (*read)(const uint8_t *bytes, int64_t count);
 } Kernels;
 
-extern const Kernels kernels_avx512, kernels_avx2, kernels_neon, kernels_generic;
+extern const Kernels kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_neon, kernels_generic;
 
 /* Bytes of one row of weights and of its scales. */
 static inline int64_t row_bytes(int32_t format, int64_t k) {

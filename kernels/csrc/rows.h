@@ -140,22 +140,30 @@ INLINE void plain_rows(int32_t format, int tokens, const Run *run, const Prepare
 }
 
 #include "grouped.h"
-#if defined(ISA_AVX2)
-#include "fixed.h"
-#endif
-static int64_t values_size(int32_t format, int64_t k) {
-    int64_t floats = (k + PERIOD - 1) / PERIOD * PERIOD;
-#if defined(ISA_AVX2)
-    if (format == INT8 || format == INT4) floats += fixed_size(format, k);
-#endif
-    return (floats + 15) / 16 * 16;
-}
 
 static int64_t sums_size(int32_t format, int64_t k) {
     return format == INT4 ? (k + PERIOD - 1) / PERIOD * PERIOD / GROUP + W : 0;
 }
 
-static void prepare(int32_t format, int fine, const float *x, int64_t k, int64_t from, int64_t to,
+#if defined(ISA_AVX2) || defined(ISA_VNNI)
+#define WHOLE_NUMBERS
+#include "whole.h"
+#endif
+#if defined(ISA_AVX2)
+#include "fixed.h"
+#elif defined(ISA_VNNI)
+#include "vnni.h"
+#endif
+
+static int64_t values_size(int32_t format, int64_t k) {
+    int64_t floats = (k + PERIOD - 1) / PERIOD * PERIOD;
+#if defined(WHOLE_NUMBERS)
+    if (format == INT8 || format == INT4) floats += fixed_size(format, k);
+#endif
+    return (floats + 15) / 16 * 16;
+}
+
+static void prepare(int32_t format, const float *x, int64_t k, int64_t from, int64_t to,
                     float *values, float *sums) {
     const int16_t *offset = source_offset[format];
     const float *factor = source_factor[format];
@@ -166,11 +174,10 @@ static void prepare(int32_t format, int fine, const float *x, int64_t k, int64_t
             for (int i = 0; i < PERIOD; i++)
                 values[base + i] = base + offset[i] < k ? x[base + offset[i]] * factor[i] : 0;
     }
-#if defined(ISA_AVX2)
+#if defined(WHOLE_NUMBERS)
     if (format == INT8) fix_int8(x, k, from, to, values);
-    if (format == INT4) fix_int4(fine, x, k, from, to, values, sums);
+    if (format == INT4) fix_int4(x, k, from, to, values, sums);
 #else
-    (void)fine;
     if (format != INT4) return;
     for (int64_t base = from; base < to; base += GROUP) {
         float total = 0;
@@ -205,11 +212,34 @@ ROWS(fp16, FP16, 1, plain_rows, )
 MANY(fp16, FP16, plain_rows, )
 ROWS(nf4, NF4, 1, grouped_rows, scratch, )
 MANY(nf4, NF4, grouped_rows, scratch, )
+#if defined(WHOLE_NUMBERS)
+#define WHOLE(name, tokens, ...)                                                                  \
+    static void name##_##tokens(ROW_ARGUMENTS) {                                                  \
+        (void)scratch, (void)stride;                                                              \
+        __VA_ARGS__;                                                                              \
+    }
+#endif
+#if defined(ISA_VNNI)
+#define BOTH(tokens)                                                                              \
+    WHOLE(int8, tokens, vnni_int8_rows(tokens, run, inputs, scratch, out, stride))                \
+    WHOLE(int4, tokens, vnni_int4_rows(tokens, run, inputs, scratch, out, stride))
+BOTH(1)
+BOTH(2)
+BOTH(3)
+BOTH(4)
+#else
 MANY(int8, INT8, plain_rows, )
-#if !defined(ISA_AVX2)
+#if defined(ISA_AVX2)
+WHOLE(int8, 1, fixed_int8_rows(run, inputs, out))
+WHOLE(int4, 1, fixed_int4_rows(1, run, inputs, scratch, out, stride))
+WHOLE(int4, 2, fixed_int4_rows(2, run, inputs, scratch, out, stride))
+WHOLE(int4, 3, fixed_int4_rows(3, run, inputs, scratch, out, stride))
+WHOLE(int4, 4, fixed_int4_rows(4, run, inputs, scratch, out, stride))
+#else
 ROWS(int8, INT8, 1, plain_rows, )
 ROWS(int4, INT4, 1, grouped_rows, scratch, )
 MANY(int4, INT4, grouped_rows, scratch, )
+#endif
 #endif
 
 #define TABLE(name) {name##_1, name##_2, name##_3, name##_4}
