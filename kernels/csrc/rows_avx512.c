@@ -1,4 +1,4 @@
-/* 512-bit row kernels for x86 with AVX-512 F, BW, VL, DQ. Compiled everywhere, run on no machine of ours so far. */
+/* 512-bit row kernels for x86 with AVX-512 F, BW, VL, DQ. Tested on a Zen 4, where avx512_vnni is chosen. */
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)

@@ -1,4 +1,4 @@
-"""An installation on a machine without a C compiler: it succeeds, and the kernels run on PyTorch."""
+"""Installing on a machine without a C compiler succeeds, and the kernels then run on PyTorch."""
 
 import os
 import shutil
