@@ -48,6 +48,12 @@ fuzz: $(DEVELOPED) ## the wire decoder under atheris, FUZZ_SECONDS long (300)
 soak: $(DEVELOPED) ## a server under 200 clients that cancel, die and send rubbish, SOAK_SECONDS long (3600)
 	$(BIN)/python tests/support/soak.py --seconds $(SOAK_SECONDS)
 
+.PHONY: test-ray
+# Ray is large, so no other target installs it.
+test-ray: $(DEVELOPED) ## tests on a real Ray cluster of this machine
+	$(PIP) install -q -c constraints.txt -e ".[ray]"
+	$(BIN)/python -m pytest -q -m ray --timeout 600
+
 test-gpu: $(DEVELOPED) ## tests that need a CUDA device
 	$(BIN)/python -m pytest -q -m gpu
 

@@ -7,18 +7,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .collector import CollectReport, Progress, collect
+    from .collection import CollectReport, Progress
+    from .collector import collect
     from .corpora import open_corpora
     from .schema import ExpertKey, ModelShape
     from .settings import CollectSettings
     from .trace import Selection, TraceBatch, TraceReader, TraceRecord, TraceWriter, open_traces
 
 _HOMES = {
-    "CollectReport": "collector",
+    "CollectReport": "collection",
     "CollectSettings": "settings",
     "ExpertKey": "schema",
     "ModelShape": "schema",
-    "Progress": "collector",
+    "Progress": "collection",
     "Selection": "trace",
     "TraceBatch": "trace",
     "TraceReader": "trace",

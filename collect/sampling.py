@@ -12,7 +12,7 @@ from __future__ import annotations
 import heapq
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,17 @@ class Samples:
     def num_documents(self) -> int:
         """Documents the windows come from."""
         return len(np.unique(self.document_id))
+
+    def part(self, start: int, end: int) -> Samples:
+        """Samples `start` to `end - 1`; views."""
+        return replace(
+            self,
+            token_ids=self.token_ids[start:end],
+            lengths=self.lengths[start:end],
+            document_id=self.document_id[start:end],
+            split=self.split[start:end],
+            offset=self.offset[start:end],
+        )
 
     def digest(self) -> str:
         """xxh3_64 (hex) over everything chosen."""

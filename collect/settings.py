@@ -11,6 +11,8 @@ from .trace.columns import PROBABILITIES, Probabilities, ids_dtype
 
 _SHARD_BYTES = 48 << 20
 _MAX_SHARD_SAMPLES = 1024
+# So many at least, where several workers share them: the last one leaves others idle for a sixth.
+_SHARDS_A_WORKER = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +21,7 @@ class CollectSettings:
     layers.
 
     `batch_size` None takes the device's own; `samples_per_shard` None aims at 48 MiB before
-    packing. SettingsError where a value is out of range.
+    packing. `num_workers` share the shards. SettingsError where a value is out of range.
     """
 
     traces: int
@@ -29,9 +31,10 @@ class CollectSettings:
     probabilities: Probabilities = "log8"
     seed: int = 0
     samples_per_shard: int | None = None
+    num_workers: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("traces", "batch_size", "samples_per_shard"):
+        for name in ("traces", "batch_size", "samples_per_shard", "num_workers"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SettingsError(f"{name} is {value}; accepted are 1 and more")
@@ -87,7 +90,14 @@ def samples_per_shard(
 ) -> int:
     """Samples of one shard: whole batches up to about 48 MiB before packing, 1024 samples
     at most.
+
+    For several workers fewer, so that each gets some shards; still whole batches, so the batches
+    and with them the rows stay the same.
     """
     a_token = _token_bytes(shape, settings.probabilities, len(hidden), 2)
     fitting = _SHARD_BYTES // (a_token * settings.context_tokens)
-    return max(min(fitting, _MAX_SHARD_SAMPLES) // batch_size, 1) * batch_size
+    batches = max(min(fitting, _MAX_SHARD_SAMPLES) // batch_size, 1)
+    if settings.num_workers > 1:
+        share = settings.traces // (settings.num_workers * _SHARDS_A_WORKER * batch_size)
+        batches = min(batches, max(share, 1))
+    return batches * batch_size

@@ -36,6 +36,7 @@ _EXTRAS = {
     "jinja2": "analysis",
     "matplotlib": "analysis",
     "prometheus_client": "serve",
+    "ray": "ray",
     "sklearn": "analysis",
     "starlette": "serve",
     "uvicorn": "serve",

@@ -3,11 +3,13 @@ memory.
 """
 
 from .batch import Selection, TraceBatch, TraceRecord
+from .encoding import EncodedShard, ShardRows, encode_shard
 from .manifest import Manifest, ShardEntry, read_manifest
 from .reader import TraceReader, open_traces
-from .writer import ShardRows, TraceWriter
+from .writer import TraceWriter
 
 __all__ = [
+    "EncodedShard",
     "Manifest",
     "Selection",
     "ShardEntry",
@@ -16,6 +18,7 @@ __all__ = [
     "TraceReader",
     "TraceRecord",
     "TraceWriter",
+    "encode_shard",
     "open_traces",
     "read_manifest",
 ]

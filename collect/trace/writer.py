@@ -1,28 +1,24 @@
 """Writes trace shards: one finished shard at a time, each whole or not at all, under the folder's
 lock.
 
-Owns the files of a trace folder while it is open. Knows nothing of models; takes arrays.
+Owns the files of a trace folder while it is open. Knows nothing of models.
 """
 
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import filelock
 import msgspec
-import numpy as np
-import pyarrow.parquet as pq
-import xxhash
 
 from ..durable import durable_write, remove_leftovers
 from ..errors import DirectoryInUseError, OutOfSpaceError, ResumeError, TraceError
-from .columns import encodings, shard_schema, to_table
+from .encoding import HIDDEN, SHARDS, EncodedShard, ShardRows, encode_shard
 from .manifest import (
     MANIFEST_NAME,
     Manifest,
@@ -32,34 +28,9 @@ from .manifest import (
     write_manifest,
 )
 
-if TYPE_CHECKING:
-    import torch
-
-SHARDS, HIDDEN, ROUTERS_NAME, TOKENIZER_NAME = (
-    "shards",
-    "hidden",
-    "routers.safetensors",
-    "tokenizer.json",
-)
+ROUTERS_NAME, TOKENIZER_NAME = "routers.safetensors", "tokenizer.json"
 _LOCK_NAME = ".collect.lock"
-_ROW_GROUP_TOKENS = 8192
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-@dataclass(frozen=True, slots=True)
-class ShardRows:
-    """The rows of one shard, in sample order.
-
-    `columns` has an array for every column of the schema, [rows] or [rows, width]; `hidden` maps a
-    Mixture-of-Experts layer to its router inputs [rows, H] on the CPU.
-    """
-
-    dataset: str
-    first_sample: int
-    num_samples: int
-    batch_size: int
-    columns: Mapping[str, np.ndarray]
-    hidden: Mapping[int, torch.Tensor]
 
 
 class TraceWriter:
@@ -93,32 +64,36 @@ class TraceWriter:
         self._lock.release()
 
     def write_shard(self, rows: ShardRows) -> ShardEntry:
-        """Commit one shard: hidden states, then rows, then the manifest that makes it count.
+        """Encode one shard here and commit it; as `commit`."""
+        return self.commit(encode_shard(rows, self.manifest))
 
-        Shards come in sample order, without gap or overlap (TraceError). OutOfSpaceError leaves
+    def commit(self, shard: EncodedShard) -> ShardEntry:
+        """Write one shard: hidden states, then rows, then the manifest that makes it count.
+
+        Shards may come in any order; the manifest lists them by sample. TraceError where one holds
+        samples that are finished or not planned: nothing is written then. OutOfSpaceError leaves
         every finished shard as it was.
         """
-        expected = self.manifest.num_finished
-        if rows.first_sample != expected:
-            raise TraceError(
-                f"shard begins at sample {rows.first_sample}, the next one is {expected}"
-            )
-        stem = f"{len(self.manifest.shards):05d}-{_safe(rows.dataset)}"
+        entry = shard.entry
+        self._refuse_misplaced(entry)
         try:
-            entry = self._write(rows, stem)
-            self._replace(shards=(*self.manifest.shards, entry))
+            if entry.hidden is not None:
+                with durable_write(self.directory / entry.hidden) as file:
+                    file.write(shard.hidden)
+            with durable_write(self.directory / entry.file) as file:
+                file.write(shard.rows)
+            shards = sorted((*self.manifest.shards, entry), key=lambda one: one.first_sample)
+            self._replace(shards=tuple(shards))
         except OSError as error:
-            raise self._explained(error, rows) from error
+            raise self._explained(error, entry) from error
         return entry
 
-    def write_routers(
-        self, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
-    ) -> None:
+    def write_routers(self, serialized: bytes) -> None:
         """Write `routers.safetensors`, once a collection; an existing one stays as it is."""
         if (self.directory / ROUTERS_NAME).exists():
             return
         with _explaining(self.directory), durable_write(self.directory / ROUTERS_NAME) as file:
-            file.write(_safetensors(tensors, metadata))
+            file.write(serialized)
 
     def write_tokenizer(self, serialized: str) -> None:
         """Keep the tokenizer (its own JSON), so that analysis can show text without the model."""
@@ -160,60 +135,31 @@ class TraceWriter:
                     if path.relative_to(self.directory).as_posix() not in listed:
                         path.unlink()
 
-    def _write(self, rows: ShardRows, stem: str) -> ShardEntry:
-        hidden, hidden_nbytes, hidden_checksum = None, 0, ""
-        if rows.hidden:
-            hidden = f"{HIDDEN}/{stem}.safetensors"
-            named = {f"layer_{layer_idx}": states for layer_idx, states in rows.hidden.items()}
-            data = _safetensors(named, {"first_sample": str(rows.first_sample)})
-            with durable_write(self.directory / hidden) as file:
-                file.write(data)
-            hidden_nbytes, hidden_checksum = len(data), xxhash.xxh3_64_hexdigest(data)
-        path = self.directory / SHARDS / f"{stem}.parquet"
-        schema = shard_schema(self.manifest.shape, self.manifest.probabilities)
-        table = to_table(rows.columns, schema)
-        with (
-            durable_write(path) as file,
-            pq.ParquetWriter(
-                file,
-                schema,
-                compression="zstd",
-                compression_level=1,
-                write_page_checksum=True,
-                **encodings(schema),
-            ) as parquet,
+    def _refuse_misplaced(self, entry: ShardEntry) -> None:
+        first, end = entry.first_sample, entry.first_sample + entry.num_samples
+        if not any(
+            entry.dataset == planned.name
+            and planned.first_sample <= first < end <= planned.first_sample + planned.num_samples
+            for planned in self.manifest.datasets
         ):
-            for start, end in _row_groups(rows.columns["sample_id"]):
-                parquet.write_table(table.slice(start, end - start), row_group_size=end - start)
-        written = path.read_bytes()
-        return ShardEntry(
-            file=f"{SHARDS}/{path.name}",
-            dataset=rows.dataset,
-            first_sample=rows.first_sample,
-            num_samples=rows.num_samples,
-            num_tokens=table.num_rows,
-            batch_size=rows.batch_size,
-            nbytes=len(written),
-            checksum=xxhash.xxh3_64_hexdigest(written),
-            hidden=hidden,
-            hidden_nbytes=hidden_nbytes,
-            hidden_checksum=hidden_checksum,
-        )
+            raise TraceError(f"samples {first} to {end - 1} of {entry.dataset} are not planned")
+        for other in self.manifest.shards:
+            if first < other.first_sample + other.num_samples and other.first_sample < end:
+                raise TraceError(
+                    f"samples {first} to {end - 1} are finished already, in {other.file}"
+                )
 
     def _replace(self, **changes: object) -> None:
         manifest = msgspec.structs.replace(self.manifest, **changes)
         write_manifest(self.directory, manifest)
         self.manifest = manifest
 
-    def _explained(self, error: OSError, rows: ShardRows) -> OutOfSpaceError:
+    def _explained(self, error: OSError, entry: ShardEntry) -> OutOfSpaceError:
         done = self.manifest.num_finished
-        used = sum(shard.nbytes + shard.hidden_nbytes for shard in self.manifest.shards)
-        if done:
-            needed = used * (self.manifest.num_samples - done) // done
-        else:
-            raw = sum(column.nbytes for column in rows.columns.values())
-            raw += sum(states.nbytes for states in rows.hidden.values())
-            needed = raw * self.manifest.num_samples // rows.num_samples
+        measured = self.manifest.shards or (entry,)
+        used = sum(shard.nbytes + shard.hidden_nbytes for shard in measured)
+        samples = sum(shard.num_samples for shard in measured)
+        needed = used * (self.manifest.num_samples - done) // samples
         return explain_write_error(
             error,
             self.directory,
@@ -262,25 +208,3 @@ def _explaining(directory: Path) -> Iterator[None]:
         raise explain_write_error(
             error, directory, then="make room or choose another folder"
         ) from error
-
-
-def _row_groups(sample_ids: np.ndarray) -> Sequence[tuple[int, int]]:
-    """Row ranges of at most about `_ROW_GROUP_TOKENS`, cut only between samples."""
-    starts = np.flatnonzero(np.diff(sample_ids.astype(np.int64), prepend=-1))
-    cuts, begin = [], 0
-    for start, end in zip(starts, [*starts[1:], len(sample_ids)], strict=True):
-        if end - begin > _ROW_GROUP_TOKENS and start > begin:
-            cuts.append((begin, int(start)))
-            begin = int(start)
-    return [*cuts, (begin, len(sample_ids))]
-
-
-def _safetensors(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
-    # Imported here: it pulls in torch, which a reader of rows alone does not need.
-    from safetensors.torch import save
-
-    return save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-
-
-def _safe(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_" else "-" for letter in name)[:40]

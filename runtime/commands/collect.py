@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 import typer
@@ -20,10 +18,13 @@ from ..errors import UsageError
 from ..provenance import gather
 from ..sizes import format_bytes
 from . import options
+from .dataset_bars import dataset_bars
 from .display import print_json, print_rows, progress_bars, stderr_console
 
 if TYPE_CHECKING:
-    from ...collect.collector import CollectReport, Progress
+    from ...collect import CollectSettings, ModelShape
+    from ...collect.collection import CollectReport
+    from ...collect.corpora.corpus import Corpus
 
 app = typer.Typer(add_completion=False)
 
@@ -52,6 +53,14 @@ class CollectOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     load_in_4bit: bool = False
     max_memory: str | list[str] | None = None
     seed: int = 0
+    engine: Literal["local", "ray"] = "local"
+    address: str | None = None
+    workers: Annotated[int, msgspec.Meta(ge=1, le=65_536)] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("address", "workers"):
+            if self.engine == "local" and getattr(self, name) is not None:
+                raise ValueError(f"--{name} is for workers of a cluster; add --engine ray")
 
 
 @app.command()
@@ -87,6 +96,16 @@ def collect(
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on with what the folder has begun")] = False,
     seed: Annotated[int | None, typer.Option(help="decides which text is taken [0]")] = None,
+    engine: Annotated[
+        str | None, typer.Option(help="local, or ray: workers of a Ray cluster [local]")
+    ] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="running Ray cluster: HOST:PORT or auto [one of this machine's own]"),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Ray workers, each with the model [one a GPU, else a node]")
+    ] = None,
     json: options.Json = False,
     expert_memory: options.ExpertMemory = None,
     format: options.Format = None,
@@ -106,7 +125,7 @@ def collect(
     Progress goes to stderr and to OUT/collection.log.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    engine, wanted, rows = _resolved(given, config)
+    settings, wanted, rows = _resolved(given, config)
     if print_config:
         if json:
             print_json({"rows": rows})
@@ -116,8 +135,8 @@ def collect(
         return
     if out is None:
         raise UsageError("no folder for the traces: give --out DIR")
-    engine = _as_begun(engine, given, out) if resume else engine
-    report, document = _run(model, out, engine, wanted, store=store, resume=resume)
+    settings = _as_begun(settings, given, out) if resume else settings
+    report, document = _run(model, out, settings, wanted, store=store, resume=resume)
     if json:
         print_json(document)
         return
@@ -198,11 +217,9 @@ def _run(
     resume: bool,
 ) -> tuple[CollectReport, dict[str, Any]]:
     from ...collect import CollectSettings, TraceReader, open_corpora
-    from ...collect import collect as collect_traces
     from ...collect.analysis import analyze, write_analysis
     from ...collect.analysis.document import ANALYSIS_NAME
-    from ...collect.settings import estimate_bytes
-    from ..traced import open_traced, parse_max_memory
+    from ..traced import parse_max_memory
 
     settings = CollectSettings(
         traces=wanted.traces,
@@ -214,20 +231,40 @@ def _run(
     )
     corpora = open_corpora(_joined(wanted.datasets).split(","))
     limits = parse_max_memory(_joined(wanted.max_memory)) if wanted.max_memory else None
+    source: dict[str, Any] = {
+        "load_in_4bit": wanted.load_in_4bit, "max_memory": limits, "store": store,
+    }  # fmt: skip
+    take = _on_cluster if wanted.engine == "ray" else _here
+    report, seconds = take(
+        model, engine, wanted, corpora, settings, source=source, out=out, resume=resume
+    )
+    # Without clusters: those take a second a layer, which `outrider analyze` has the time for.
+    write_analysis(analyze([TraceReader(out)], num_clusters=0), out / ANALYSIS_NAME)
+    return report, _document(report, seconds)
+
+
+def _here(
+    model: str | None,
+    engine: EngineConfig,
+    wanted: CollectOptions,
+    corpora: Sequence[Corpus],
+    settings: CollectSettings,
+    *,
+    source: Mapping[str, Any],
+    out: Path,
+    resume: bool,
+) -> tuple[CollectReport, float]:
+    """The report, and the seconds after loading."""
+    from ...collect import collect as collect_traces
+    from ..traced import open_traced
+
     with progress_bars() as progress:
-        traced = open_traced(
-            model,
-            engine,
-            load_in_4bit=wanted.load_in_4bit,
-            max_memory=limits,
-            store=store,
-            progress=progress,
-        )
+        traced = open_traced(model, engine, progress=progress, **source)
     with traced:
         state_bytes = next(traced.model.parameters()).element_size()
-        _announce(estimate_bytes(traced.shape, settings, state_bytes=state_bytes), settings, out)
+        _announce(traced.shape, state_bytes, settings, out)
         began = time.monotonic()
-        with _bars() as tell:
+        with dataset_bars() as tell:
             report = collect_traces(
                 traced.model,
                 traced.tokenizer,
@@ -240,9 +277,42 @@ def _run(
                 resume=resume,
                 progress=tell,
             )
-    # Without clusters: those take a second a layer, which `outrider analyze` has the time for.
-    write_analysis(analyze([TraceReader(out)], num_clusters=0), out / ANALYSIS_NAME)
-    return report, _document(report, time.monotonic() - began)
+    return report, time.monotonic() - began
+
+
+def _on_cluster(
+    model: str | None,
+    engine: EngineConfig,
+    wanted: CollectOptions,
+    corpora: Sequence[Corpus],
+    settings: CollectSettings,
+    *,
+    source: Mapping[str, Any],
+    out: Path,
+    resume: bool,
+) -> tuple[CollectReport, float]:
+    """As `_here`; the seconds are those after the cluster has started."""
+    from ..scaleout.cluster import connected
+
+    with connected(wanted.address, num_workers=wanted.workers or 1) as cluster:
+        # Only now: without Ray this has been refused in a moment.
+        from ..scaleout.collection import TracedSource, collect_on_cluster
+
+        num_workers = wanted.workers or cluster.gpus or cluster.nodes
+        threads = engine.num_threads or max(1, cluster.cpus // num_workers)
+        began = time.monotonic()
+        with dataset_bars() as tell:
+            report = collect_on_cluster(
+                cluster,
+                TracedSource(model=model, config=replace(engine, num_threads=threads), **source),
+                corpora,
+                out=out,
+                settings=replace(settings, num_workers=num_workers),
+                resume=resume,
+                announce=lambda facts: _announce(facts.shape, facts.state_bytes, settings, out),
+                progress=tell,
+            )
+    return report, time.monotonic() - began
 
 
 def _document(report: CollectReport, seconds: float) -> dict[str, Any]:
@@ -276,10 +346,12 @@ def _document(report: CollectReport, seconds: float) -> dict[str, Any]:
     }
 
 
-def _announce(at_most: int, settings: Any, out: Path) -> None:
+def _announce(shape: ModelShape, state_bytes: int, settings: CollectSettings, out: Path) -> None:
     """Say how large it gets before it starts; refuse what the disk cannot hold even when packed."""
     from ...collect.errors import OutOfSpaceError
+    from ...collect.settings import estimate_bytes
 
+    at_most = estimate_bytes(shape, settings, state_bytes=state_bytes)
     existing = next(path for path in (out, *out.absolute().parents) if path.is_dir())
     free = shutil.disk_usage(existing).free
     stderr_console().print(
@@ -292,56 +364,6 @@ def _announce(at_most: int, settings: Any, out: Path) -> None:
             f"the traces take up to {format_bytes(at_most)} and {format_bytes(free)} are free at "
             f"{str(existing)!r}; choose another folder, fewer --traces, or --hidden-states none"
         )
-
-
-class _ConsoleLines(logging.Handler):
-    """Log records as whole lines on a console."""
-
-    def __init__(self, console: Any) -> None:
-        super().__init__()
-        self._console = console
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._console.print(record.getMessage(), soft_wrap=True, markup=False)
-
-
-@contextmanager
-def _bars() -> Iterator[Any]:
-    """A bar a data set with its speed and coverage; on a terminal only."""
-    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-    from rich.progress import Progress as Bars
-
-    with Bars(
-        TextColumn("{task.description:<12}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.1f} traces/s, coverage {task.fields[coverage]:.1%}"),
-        TimeRemainingColumn(),
-        console=stderr_console(),
-        disable=not sys.stderr.isatty(),
-    ) as bars:
-        # Each data set's figures, above the bars or, off a terminal, as plain lines.
-        handler = _ConsoleLines(bars.console)
-        logger = logging.getLogger("outrider.collect")
-        logger.addHandler(handler)
-        tasks: dict[str, Any] = {}
-
-        def tell(progress: Progress) -> None:
-            if progress.dataset not in tasks:
-                tasks[progress.dataset] = bars.add_task(
-                    progress.dataset, total=progress.total, speed=0.0, coverage=0.0
-                )
-            bars.update(
-                tasks[progress.dataset],
-                completed=progress.done,
-                speed=progress.traces_per_s,
-                coverage=progress.coverage,
-            )
-
-        try:
-            yield tell
-        finally:
-            logger.removeHandler(handler)
 
 
 def _joined(value: str | list[str]) -> str:

@@ -3,13 +3,16 @@
 import logging
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import UsageError
 from ..sizes import parse_bytes
 from .startup import heavy_imports
+
+if TYPE_CHECKING:
+    from ..serving.gateway.upstream import EngineClient
 
 app = typer.Typer(add_completion=False)
 
@@ -49,7 +52,7 @@ def gateway(
     listened on. The URL goes to stdout once it is served; the log is JSON lines on stderr and holds
     no prompts.
     """
-    host, port = _parse_http(http)
+    address = parse_http(http)
     for name, value in (("timeout", timeout), ("shutdown-timeout", shutdown_timeout)):
         if not 0 < value <= 86_400:
             raise UsageError(f"{name}: {value:g}; accepted is above 0 to 86400 seconds")
@@ -57,19 +60,41 @@ def gateway(
     if max_body_bytes < _MIN_BODY_BYTES:
         raise UsageError(f"max-body: {max_body}; at least {_MIN_BODY_BYTES} bytes are needed")
     with heavy_imports():
-        from ..serving import log
         from ..serving.client import AsyncClient
-        from ..serving.gateway.access import check_address
-        from ..serving.gateway.app import make_app
-        from ..serving.gateway.generation import Settings
-        from ..serving.gateway.keys import ApiKeys
-        from ..serving.gateway.listener import bind, serve
-        from ..serving.gateway.upstream import Upstream
 
+    client = AsyncClient(connect, timeout_s=timeout, keys=keys, name="outrider gateway")
+    stand_in_front(
+        client,
+        client.address,
+        http=address,
+        api_key_file=api_key_file,
+        max_body_bytes=max_body_bytes,
+        shutdown_timeout_s=shutdown_timeout,
+    )
+
+
+def stand_in_front(
+    client: "EngineClient",
+    name: str,
+    *,
+    http: tuple[str, int],
+    api_key_file: Path | None,
+    max_body_bytes: int = 4 << 20,
+    shutdown_timeout_s: float,
+) -> None:
+    """Serve HTTP for `client` until a signal; `name` is what the log calls it. Main thread only."""
+    from ..serving import log
+    from ..serving.gateway.access import check_address
+    from ..serving.gateway.app import make_app
+    from ..serving.gateway.generation import Settings
+    from ..serving.gateway.keys import ApiKeys
+    from ..serving.gateway.listener import bind, serve
+    from ..serving.gateway.upstream import Upstream
+
+    host, port = http
     check_address(host, has_keys=api_key_file is not None)
     api_keys = None if api_key_file is None else ApiKeys.read(api_key_file)
     settings = Settings(max_body_bytes=max_body_bytes)
-    client = AsyncClient(connect, timeout_s=timeout, keys=keys, name="outrider gateway")
     application = make_app(Upstream(client), keys=api_keys, settings=settings)
     log.write_to_stderr()
     # What it says of its own starting and stopping, this command says once.
@@ -80,14 +105,12 @@ def gateway(
         bound = listening.getsockname()
         url = f"http://{f'[{bound[0]}]' if ':' in bound[0] else bound[0]}:{bound[1]}"
         typer.echo(url)
-        log.event(
-            _LOG, logging.INFO, "listening", url=url, server=client.address, keys=bool(api_keys)
-        )
+        log.event(_LOG, logging.INFO, "listening", url=url, server=name, keys=bool(api_keys))
 
-    serve(application, listening, shutdown_timeout_s=shutdown_timeout, on_started=on_started)
+    serve(application, listening, shutdown_timeout_s=shutdown_timeout_s, on_started=on_started)
 
 
-def _parse_http(address: str) -> tuple[str, int]:
+def parse_http(address: str) -> tuple[str, int]:
     """HOST:PORT, [IPv6]:PORT; port 0 picks a free one."""
     found = _ADDRESS.fullmatch(address)
     if found is None or int(found[3]) > 65_535:

@@ -39,18 +39,35 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens: _Count = 512
     log_prompts: bool = False
     log_level: str = "info"
+    replicas: str | None = None
+    address: str | None = None
+    http: str = "127.0.0.1:8000"
+    api_key_file: str | None = None
 
     def __post_init__(self) -> None:
         if self.log_level not in _LEVELS:
             raise ValueError(f"log_level is {self.log_level!r}: accepted are {', '.join(_LEVELS)}")
+        refuse = _ONE_SERVER if self.replicas is not None else _MANY_SERVERS
+        for name in refuse:
+            if getattr(self, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} {refuse[name]}")
 
 
 _LEVELS = ("debug", "info", "warning", "error")
+_ONE_SERVER = {
+    "bind": "is one server's address; replicas have their own, give --http",
+    "keys": "is for ZeroMQ clients; replicas are reached over HTTP, give --api-key-file",
+}
+_MANY_SERVERS = {"address": "is for replicas on a cluster; add --replicas N"}
 _NAMES = ServeOptions.__struct_fields__
 
 
 def _serve(help_text: str) -> Any:
     return typer.Option(help=help_text, rich_help_panel="Server options", show_default=False)
+
+
+def _replicas(help_text: str) -> Any:
+    return typer.Option(help=help_text, rich_help_panel="Replicas", show_default=False)
 
 
 @app.command()
@@ -84,6 +101,20 @@ def serve(
         bool | None, _serve("write prompts into the log (with --log-level debug)")
     ] = None,
     log_level: Annotated[str | None, _serve("debug, info, warning or error [info]")] = None,
+    replicas: Annotated[
+        str | None,
+        _replicas("N engines on Ray, or MIN:MAX by load, behind one HTTP address [none]"),
+    ] = None,
+    address: Annotated[
+        str | None,
+        _replicas("running Ray cluster: HOST:PORT or auto [one of this machine's own]"),
+    ] = None,
+    http: Annotated[
+        str | None, _replicas("address of the HTTP API in front of them [127.0.0.1:8000]")
+    ] = None,
+    api_key_file: Annotated[
+        Path | None, _replicas("file of API keys, one a line, mode 0600; needed off this machine")
+    ] = None,
     device: options.Device = None,
     revision: options.Revision = None,
     expert_memory: options.ExpertMemory = None,
@@ -134,14 +165,22 @@ def serve(
             columns = {"option": "option", "value": "value", "where": "where from"}
             print_rows(rows, columns=columns)
         return
+    if settings.replicas is not None:
+        from .replicas import serve_replicas
+
+        serve_replicas(
+            model, engine_config, sources, settings=settings, serve_sources=serve_sources,
+            store=store,
+        )  # fmt: skip
+        return
     from ..serving import endpoint, log
     from ..serving.keys import server_keys
 
     # Everything that can be refused is, before seconds go into loading a model.
-    address = endpoint.parse(settings.bind or endpoint.default_address())
+    served_at = endpoint.parse(settings.bind or endpoint.default_address())
     pair = None if settings.keys is None else server_keys(Path(settings.keys))
-    endpoint.refuse_exposed(address, has_keys=pair is not None)
-    with endpoint.Claim(address):
+    endpoint.refuse_exposed(served_at, has_keys=pair is not None)
+    with endpoint.Claim(served_at):
         log.write_to_stderr(getattr(logging, settings.log_level.upper()))
     with heavy_imports():
         from ..engine import Engine
@@ -162,7 +201,7 @@ def serve(
         )
     server = Server(
         EngineBackend(engine, name=model or "nano"),
-        address,
+        served_at,
         keys=pair,
         options=ServerOptions(
             max_waiting=settings.max_waiting,
@@ -188,8 +227,9 @@ def serve(
 
 def _settings(given: dict[str, Any], file: Path | None) -> tuple[ServeOptions, dict[str, Any]]:
     cli = {name: value for name, value in given.items() if name in _NAMES}
-    if "keys" in cli:
-        cli["keys"] = str(cli["keys"])
+    for name in ("keys", "api_key_file"):
+        if name in cli:
+            cli[name] = str(cli[name])
     found = gather(_NAMES, cli, os.environ, file, other_names=OPTION_NAMES)
     values = {name: value for name, (value, _) in found.items()}
     try:

@@ -22,10 +22,11 @@ NUM_SILENT_POLLS = 4
 
 
 class ServerError(OutriderError):
-    """The server refused or failed a request; `code`, `field` and `retry_after_ms` as it said."""
+    """The server refused or failed a request, as `error` says; so do `code` and `field`."""
 
     def __init__(self, error: Error) -> None:
         super().__init__(f"{error.code}: {error.message}")
+        self.error = error
         self.code = error.code
         self.field = error.field
         self.retry_after_ms = error.retry_after_ms

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from outrider.collect import CollectSettings, TraceReader, collect
-from outrider.collect.collector import Progress
+from outrider.collect.collection import Progress
 from outrider.collect.devices import CPU_BATCH_SIZE, batch_size_for, device_memory
 from outrider.collect.diversity import Diversity
 from outrider.collect.errors import CollectError, OutOfMemoryError, ResumeError

@@ -114,7 +114,7 @@ def test_records_are_the_per_layer_view(folder):
 
 
 def test_batches_hold_whole_samples_and_stay_small(tmp_path, planted, rng, monkeypatch):
-    monkeypatch.setattr("outrider.collect.trace.writer._ROW_GROUP_TOKENS", 17)
+    monkeypatch.setattr("outrider.collect.trace.encoding._ROW_GROUP_TOKENS", 17)
     shape = planted.shape()
     planted.write(tmp_path / "T", shape, {"one": _arrays(rng, shape, 40)}, window=WINDOW)
     batches = list(TraceReader(tmp_path / "T").batches())
@@ -214,7 +214,7 @@ DAMAGE = {
 def test_a_damaged_shard_is_named_and_skipped_only_on_request(folder, case):
     directory, whole = folder
     damage, reason = DAMAGE[case]
-    path = directory / "shards" / "00001-one.parquet"
+    path = directory / "shards" / "00000008-one.parquet"
     damage(path)
     with pytest.raises(CorruptShardError, match=reason) as caught:
         list(TraceReader(directory).batches())
@@ -225,15 +225,15 @@ def test_a_damaged_shard_is_named_and_skipped_only_on_request(folder, case):
     kept = _gathered(list(lenient.batches()), "token_id")
     left = np.r_[0 : 8 * WINDOW, 16 * WINDOW : 33 * WINDOW]
     np.testing.assert_array_equal(kept, whole["token_id"][left])
-    assert list(lenient.skipped) == ["shards/00001-one.parquet"]
+    assert list(lenient.skipped) == ["shards/00000008-one.parquet"]
 
 
 def test_a_shard_damaged_at_its_end_is_left_out_whole(tmp_path, planted, rng, monkeypatch):
-    monkeypatch.setattr("outrider.collect.trace.writer._ROW_GROUP_TOKENS", 20)
+    monkeypatch.setattr("outrider.collect.trace.encoding._ROW_GROUP_TOKENS", 20)
     shape = planted.shape()
     parts = {"one": _arrays(rng, shape, 32)}
     planted.write(tmp_path / "T", shape, parts, window=WINDOW, shard_samples=16)
-    path = tmp_path / "T" / "shards" / "00000-one.parquet"
+    path = tmp_path / "T" / "shards" / "00000000-one.parquet"
     _flip_a_page(path, group=-1)
     strict = TraceReader(tmp_path / "T").batches()
     assert len(next(strict)) == 20  # its beginning is sound
@@ -420,16 +420,32 @@ def _die_before(number):
         setattr(module, name, guarded(getattr(module, name)))
 
 
-def test_shards_must_follow_one_another(tmp_path, planted, rng):
+def test_shards_come_in_any_order_but_only_planned_and_only_once(tmp_path, planted, rng):
     shape = planted.shape()
-    arrays = _arrays(rng, shape, 2)
-    columns = planted.columns(shape, first_sample=2, window=WINDOW, dataset="one", **arrays)
-    described = planted.manifest(shape, {"one": 4}, window=WINDOW)
-    with (
-        TraceWriter(tmp_path / "T", described) as writer,
-        pytest.raises(TraceError, match="begins at sample 2, the next one is 0"),
-    ):
-        writer.write_shard(ShardRows("one", 2, 2, 4, columns, {}))
+    described = planted.manifest(shape, {"one": 4, "two": 2}, window=WINDOW)
+
+    def rows(first, count, dataset="one"):
+        arrays = _arrays(rng, shape, count)
+        columns = planted.columns(
+            shape, first_sample=first, window=WINDOW, dataset=dataset, **arrays
+        )
+        return ShardRows(dataset, first, count, 4, columns, {})
+
+    with TraceWriter(tmp_path / "T", described) as writer:
+        writer.write_shard(rows(2, 2))
+        before = sorted((tmp_path / "T").rglob("*"))
+        for again in (rows(2, 2), rows(1, 2), rows(3, 1)):
+            with pytest.raises(TraceError, match="finished already"):
+                writer.write_shard(again)
+        for stray in (rows(4, 1), rows(3, 2), rows(0, 2, "two"), rows(6, 1, "two")):
+            with pytest.raises(TraceError, match="not planned"):
+                writer.write_shard(stray)
+        assert sorted((tmp_path / "T").rglob("*")) == before
+        writer.write_shard(rows(4, 2, "two"))
+        writer.write_shard(rows(0, 2))
+    assert [shard.first_sample for shard in read_manifest(tmp_path / "T").shards] == [0, 2, 4]
+    seen = [batch.sample_id for batch in TraceReader(tmp_path / "T").batches()]
+    assert np.concatenate(seen).tolist() == np.repeat(np.arange(6), WINDOW).tolist()
 
 
 def test_a_full_disk_keeps_finished_shards_and_says_what_is_needed(tmp_path, planted):
@@ -475,7 +491,7 @@ def test_a_full_disk_keeps_finished_shards_and_says_what_is_needed(tmp_path, pla
     assert reader.num_samples == 200
     needed = int(done.stdout.split("about ")[1].split(" bytes")[0].replace(",", ""))
     assert needed == reader.nbytes
-    assert [path.name for path in (tmp_path / "T" / "shards").iterdir()] == ["00000-one.parquet"]
+    assert [path.name for path in (tmp_path / "T" / "shards").iterdir()] == ["00000000-one.parquet"]
 
 
 def test_a_folder_that_cannot_be_written_is_refused(tmp_path, planted):

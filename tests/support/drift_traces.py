@@ -14,6 +14,7 @@ import torch
 from outrider.collect.schema import ModelShape
 from outrider.collect.trace import Manifest, ShardRows, TraceWriter
 from outrider.collect.trace.columns import SPLITS, ids_dtype
+from outrider.collect.trace.encoding import safetensors_bytes
 from outrider.collect.trace.manifest import DatasetEntry
 
 SHAPE = ModelShape(4, 12, 3, 16, 8, "drift-0")
@@ -90,7 +91,8 @@ def write_drift_traces(
     states = {number: torch.from_numpy(hidden[number]) for number in hidden_layers}
     with TraceWriter(folder, _manifest(shape, samples, documents, hidden_layers)) as writer:
         tensors = {f"layer_{i}.weight": torch.from_numpy(gates[i]) for i in range(layers)}
-        writer.write_routers(tensors, {"scoring": "softmax", "top_k": str(shape.top_k)})
+        metadata = {"scoring": "softmax", "top_k": str(shape.top_k)}
+        writer.write_routers(safetensors_bytes(tensors, metadata))
         writer.write_shard(ShardRows("drift", 0, samples, 4, columns, states))
         writer.finish()
     return Drift(folder, gates, turns, columns["document_id"], split, token_id, topk_ids, hidden)
