@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-from ..collect.schema import ExpertKey
+from ..collect.schema import ExpertKey, ModelShape
+from ..predictors.oracle import Oracle
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.experts.cache import Kind
@@ -53,7 +54,10 @@ class Arm(Protocol):
 
 
 class EngineArm:
-    """outrider's engine. `is_filled`: every expert is read before anything is timed, and stays."""
+    """outrider's engine. `is_filled`: every expert is read before anything is timed, and stays.
+
+    `is_foretold`: its predictor is the oracle, told what `record` wrote down of each passage.
+    """
 
     def __init__(
         self,
@@ -62,11 +66,14 @@ class EngineArm:
         options: dict[str, Any],
         store: str | None = None,
         is_filled: bool = False,
+        is_foretold: bool = False,
     ) -> None:
         self._model = model
         self._config = EngineConfig(**options)
         self._store = None if store is None else Path(store)
         self._is_filled = is_filled
+        self._is_foretold = is_foretold
+        self._foretold: dict[str, list[Pass]] = {}
         self._opened: Engine | None = None
 
     @property
@@ -99,6 +106,7 @@ class EngineArm:
             budget_bytes=engine.tier.num_slots * source.nbytes,
             expert_bytes=expert_bytes,
             active_bytes=_dense_bytes_per_token(engine) + routed,
+            dense_bytes=loaded.dense_bytes,
             num_threads=torch.get_num_threads(),
             load_s=engine.load_s,
             files=[str(file) for file in self._files()],
@@ -118,7 +126,10 @@ class EngineArm:
             chosen = []
             for passage in passages:
                 recorder.is_decode = False
+                first = len(recorder.passes)
                 chosen.append(self._decode(passage, recorder=recorder, digest=digest).token_ids)
+                passes = recorder.passes[first:]
+                self._foretold[passage.name] = [one for one in passes if one.is_decode]
         finally:
             adapter.install(loaded.model, loaded.layers, executor.forward)
         return Recording(chosen, digest.hexdigest(), recorder.passes)
@@ -139,6 +150,7 @@ class EngineArm:
 
     def run(self, passages: list[Passage]) -> Measurement:
         """Decode every passage once, one after the other, and time it."""
+        before = read_bytes()
         runs = [self._decode(passage) for passage in passages]
         return Measurement(
             token_ids=[one.token_ids for one in runs],
@@ -147,7 +159,8 @@ class EngineArm:
             ttft_s=median(one.ttft_s for one in runs),
             stall_s=sum(one.stall_s for one in runs),
             traffic=ExpertTraffic.merge(one.traffic for one in runs).as_dict(),
-            rss_peak_bytes=_rss_peak_bytes(),
+            rss_peak_bytes=rss_peak_bytes(),
+            read_bytes=read_bytes() - before,
         )
 
     def close(self) -> None:
@@ -164,6 +177,9 @@ class EngineArm:
         digest: Any = None,
     ) -> "_Decoded":
         engine = self._engine
+        if self._is_foretold:
+            shape, passes = engine.tier.source.shape, self._foretold.get(passage.name, [])
+            engine.tier.make_predictor = lambda: _told(shape, passage, passes)
         sequence = engine.submit(
             GenerationRequest(
                 prompt_token_ids=passage.prompt_ids,
@@ -254,6 +270,18 @@ class _RoutingRecorder:
         return self._forward(layer_idx, module, hidden_states, topk_ids, topk_weights)
 
 
+def _told(shape: ModelShape, passage: Passage, passes: Sequence[Pass]) -> Oracle:
+    """The oracle for one passage; of the prompt, which is no decode step, it says nothing true."""
+    routing = np.zeros(
+        (len(passage.prompt_ids) + len(passes), shape.num_moe_layers, shape.top_k), np.int64
+    )
+    for place, one in enumerate(passes, start=len(passage.prompt_ids)):
+        routing[place] = one.layers
+    oracle = Oracle(shape)
+    oracle.foresee(routing[: len(routing) if passes else 0])
+    return oracle
+
+
 def _fill(engine: Engine) -> None:
     tier = engine.tier
     cache, shape = tier.executor.cache, tier.source.shape
@@ -280,9 +308,19 @@ def _dense_bytes_per_token(engine: Engine) -> int:
     return engine.loaded.dense_bytes - table.numel() * table.element_size() + row_bytes
 
 
-def _rss_peak_bytes() -> int:
+def rss_peak_bytes() -> int:
     """Largest resident set of this process so far, file pages included."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024
-    return 0
+    return _process_figure("status", "VmHWM") * 1024
+
+
+def read_bytes() -> int:
+    """Bytes that this process had read from storage so far, page faults and threads included."""
+    return _process_figure("io", "read_bytes")
+
+
+def _process_figure(file: str, name: str) -> int:
+    try:
+        lines = Path(f"/proc/self/{file}").read_text().splitlines()
+    except OSError:  # some containers keep `io` to themselves
+        return 0
+    return next((int(line.split()[1]) for line in lines if line.startswith(f"{name}:")), 0)

@@ -5,15 +5,21 @@ alike. No speed is given unless every arm chose the same tokens. Knows arms by t
 """
 
 import math
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 from ..runtime.errors import OutriderError, UsageError
+from ..runtime.models.loading import resolve_folder
+from . import lineup
 from .environment import environment
-from .records import Bandwidths, Measurement, Passage, Recording, Subject
+from .fence import Fence
+from .lineup import Arm
+from .records import Bandwidths, External, Measurement, Passage, Recording, Subject
 from .roofline import lru_misses
 from .rows import Runs, make_row
 from .worker import Worker
@@ -29,6 +35,9 @@ class DecodeOptions:
     `is_cold` None measures both states of the caches, apart. `follows_text`: real text is decoded
     token by token; else the model continues its prompts greedily. Near `time_limit_s` fewer
     repetitions are made, at least 3 (or `repetitions`); rows say how many.
+    `memory_limit` holds for every arm but resident ones, page cache included, once it has loaded:
+    bytes, or "auto" for budget, dense weights and RESERVE_BYTES; `link_bytes_per_s` throttles all
+    their reads from disk (`fence`). `llama` is a Python with llama-cpp-python and a GGUF file.
     """
 
     model: str | None = None
@@ -46,34 +55,20 @@ class DecodeOptions:
     is_cold: bool | None = None
     num_threads: int | None = None
     seed: int = 0
+    memory_limit: int | str | None = None
+    link_bytes_per_s: int | None = None
+    llama: tuple[str, str] | None = None
 
 
 class MismatchError(OutriderError):
     """Arms chose different tokens, so their speeds say nothing."""
 
 
-def _resident(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
-    config = {**options.engine, "expert_memory": "all", "prefetch": "off"}
-    return "engine", {"options": config, "is_filled": True}
-
-
-def _on_demand(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
-    return "engine", {"options": {**options.engine, "expert_memory": budget, "prefetch": "off"}}
-
-
-def _prefetch(budget: str, options: DecodeOptions) -> tuple[str, dict[str, Any]]:
-    return "engine", {"options": {**options.engine, "expert_memory": budget}}
-
-
-# Arm -> the kind of worker that serves it and what that is told. Another system is another entry.
-ARMS: dict[str, Callable[[str, DecodeOptions], tuple[str, dict[str, Any]]]] = {
-    "resident": _resident,
-    "on-demand": _on_demand,
-    "prefetch": _prefetch,
-}
 MIN_REPETITIONS = 3
-# The same whatever the budget: started once.
-_BUDGETLESS = frozenset({"resident"})
+# What an automatic memory limit leaves beside budget and dense weights: Python and PyTorch.
+RESERVE_BYTES = 1 << 30
+# Another system rounds elsewhere, so some of its tokens differ; with fewer it runs another model.
+LEAST_AGREEMENT = 0.5
 
 
 def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) -> dict[str, Any]:
@@ -86,23 +81,15 @@ def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) ->
     before = environment()
     bench = _Bench(options, progress or (lambda what, done, total: None))
     with ExitStack() as stack:
-        bench.probe = stack.enter_context(Worker("probe", {}, num_threads=options.num_threads))
+        fence = _fence("probe", options, stack)
+        bench.probe = stack.enter_context(
+            Worker("probe", {}, num_threads=options.num_threads, fence=fence)
+        )
         kept: dict[str, Worker] = {}
         for budget in options.budgets:
             with ExitStack() as block:
-                arms: dict[str, Worker] = {}
-                for name in options.arms:
-                    if name not in kept:
-                        worker = (stack if name in _BUDGETLESS else block).enter_context(
-                            _start(name, budget, options)
-                        )
-                        worker.ask("load")
-                        if name in _BUDGETLESS:
-                            kept[name] = worker
-                        arms[name] = worker
-                    else:
-                        arms[name] = kept[name]
-                bench.measure(budget, arms)
+                bench.open(budget, kept, across=stack, block=block)
+                bench.measure(budget)
     workload = bench.workload()
     stamp = {"workload": workload, "seed": options.seed, **before.stamp()}
     return {
@@ -113,9 +100,7 @@ def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) ->
 
 
 def _check(options: DecodeOptions) -> None:
-    unknown = [name for name in options.arms if name not in ARMS]
-    if unknown or not options.arms:
-        raise UsageError(f"arms: {', '.join(unknown) or 'none'}; known ones: {', '.join(ARMS)}")
+    lineup.check(options.arms, has_llama=options.llama is not None)
     for name, given, least in (
         ("repetitions", options.repetitions, 1),
         ("tokens", options.num_tokens, 2),
@@ -128,10 +113,15 @@ def _check(options: DecodeOptions) -> None:
         raise UsageError("each arm is named once, and at least one --expert-memory is needed")
 
 
-def _start(name: str, budget: str, options: DecodeOptions) -> Worker:
-    kind, arguments = ARMS[name](budget, options)
-    arguments = {"model": options.model, "store": options.store, **arguments}
-    return Worker(kind, arguments, num_threads=options.num_threads)
+def _fence(name: str, options: DecodeOptions, stack: ExitStack) -> Fence | None:
+    """A fence that goes away with `stack`, its reads throttled; None where nothing is limited."""
+    if options.memory_limit is None and options.link_bytes_per_s is None:
+        return None
+    fence = stack.enter_context(Fence(f"outrider-{os.getpid()}-{name.replace(':', '-')}"))
+    if options.link_bytes_per_s is not None:
+        folder = resolve_folder(options.model)
+        fence.limit_reads(options.link_bytes_per_s, folder=folder)
+    return fence
 
 
 class _Bench:
@@ -147,6 +137,10 @@ class _Bench:
         self._subjects: dict[Worker, Subject] = {}
         self._recordings: dict[Worker, Recording] = {}
         self._reference: tuple[str, Recording] | None = None
+        self._arms: dict[str, Worker] = {}
+        self._limits: dict[str, int | None] = {}
+        self._fenced: dict[str, str] = {}
+        self._agreement: dict[str, float] = {}
         limit_s = options.time_limit_s
         self._ends = None if limit_s is None else time.monotonic() + limit_s
         self._num_timings_left = len(options.budgets) * len(self._states)
@@ -155,16 +149,76 @@ class _Bench:
     def _states(self) -> tuple[bool, ...]:
         return (False, True) if self.options.is_cold is None else (self.options.is_cold,)
 
-    def measure(self, budget: str, arms: dict[str, Worker]) -> None:
-        """All arms of one budget: load, check, then time in both states of the caches."""
-        for done, (name, worker) in enumerate(arms.items()):
-            self._tell(f"{budget}: loading and checking arms", done, len(arms))
+    def open(
+        self, budget: str, kept: dict[str, Worker], *, across: ExitStack, block: ExitStack
+    ) -> None:
+        """Start the arms of one budget, check their tokens, and close the fences around them.
+
+        Arms in `kept` run already; those that serve every budget join it and end with `across`.
+        """
+        names, self._arms = self.options.arms, {}
+        fences: dict[str, Fence] = {}
+
+        def start(name: str, arm: Arm, **more: Any) -> None:
+            stack = across if arm.is_resident else block
+            fence = None if arm.is_resident else _fence(name, self.options, stack)
+            arguments = {**arm.arguments, **more}
+            threads = self.options.num_threads
+            worker = Worker(arm.kind, arguments, num_threads=threads, fence=fence)
+            self._arms[name] = stack.enter_context(worker)
+            worker.ask("load")
+            if fence is not None:
+                fences[name] = fence
+            if arm.is_resident:
+                kept[name] = worker
+
+        arms = {name: lineup.arm(name, budget, self.options) for name in names}
+        for name, arm in arms.items():
+            if name in kept:
+                self._arms[name] = kept[name]
+            elif not arm.is_external:
+                start(name, arm)
+        for done, name in enumerate(list(self._arms)):
+            self._tell(f"{budget}: loading and checking arms", done, len(names))
+            worker = self._arms[name]
             if worker not in self._subjects:
                 self._subjects[worker] = worker.answer(Subject)
                 self._check_tokens(name, worker)
-        self._tell(f"{budget}: loading and checking arms", len(arms), len(arms))
+        like = self._subjects[next(reversed(self._arms.values()))]
+        limit = self._limits[budget] = self._limit(like)
+        for name, fence in fences.items():
+            self._limited(name, fence, limit)
+        for name, arm in arms.items():
+            if arm.is_external and name not in kept:
+                self._tell(f"{budget}: loading and checking arms", len(self._arms), len(names))
+                start(name, arm, **lineup.external_arguments(arm, like, limit))
+                worker = self._arms[name]
+                self._subjects[worker] = lineup.subject(name, worker.answer(External), like)
+                if name in fences:
+                    self._limited(name, fences[name], limit)
+                    worker.call("prepare", True, kind=float)
+                self._check_tokens(name, worker)
+        self._arms = {name: self._arms[name] for name in names}
+        self._tell(f"{budget}: loading and checking arms", len(names), len(names))
+
+    def _limit(self, subject: Subject) -> int | None:
+        """Bytes that each arm of a budget may hold; `subject` is the budget's."""
+        limit = self.options.memory_limit
+        return (
+            subject.budget_bytes + subject.dense_bytes + RESERVE_BYTES
+            if limit == "auto"
+            else (None if limit is None else int(limit))
+        )
+
+    def _limited(self, name: str, fence: Fence, limit: int | None) -> None:
+        if limit is not None:
+            fence.limit_memory(limit)
+            self._fenced[name] = fence.kind
+
+    def measure(self, budget: str) -> None:
+        """Time the arms of one budget in both states of the caches."""
         for is_cold in self._states:
-            self._time(budget, arms, is_cold=is_cold)
+            self._time(budget, self._arms, is_cold=is_cold)
 
     def workload(self) -> dict[str, Any]:
         """What was decoded."""
@@ -196,6 +250,16 @@ class _Bench:
     def _compare(self, name: str, token_ids: list[list[int]]) -> None:
         assert self._reference is not None
         reference, recording = self._reference
+        if lineup.is_external(name):
+            pairs = zip(chain(*token_ids), chain(*recording.token_ids), strict=True)
+            same = [found == expected for found, expected in pairs]
+            self._agreement[name] = agreement = sum(same) / len(same)
+            if agreement < LEAST_AGREEMENT:
+                raise MismatchError(
+                    f"arm {name!r} agrees with {reference!r} on {100 * agreement:.0f} % of the "
+                    "tokens, so it does not run the same model; no speed is reported"
+                )
+            return
         for passage, found, expected in zip(
             self._passages, token_ids, recording.token_ids, strict=True
         ):
@@ -229,7 +293,8 @@ class _Bench:
             bandwidths.append(self.probe.call("measure", first.files, seed, kind=Bandwidths))
             for position, (name, worker) in enumerate(arms.items()):
                 self._tell(what, repetition * len(arms) + position, total)
-                kept = worker.call("prepare", is_cold, kind=float)
+                is_emptied = is_cold and name != lineup.LLAMA_RESIDENT
+                kept = worker.call("prepare", is_emptied, kind=float)
                 pages_kept[name] = max(pages_kept[name], kept)
                 measurement = worker.call("run", self._passages, kind=Measurement)
                 self._compare(name, measurement.token_ids)
@@ -238,12 +303,18 @@ class _Bench:
         runs = {
             name: Runs(
                 arm=name,
-                budget="all" if name in _BUDGETLESS else budget,
+                budget="all" if lineup.is_resident(name) else budget,
                 is_cold=is_cold,
                 subject=self._subjects[worker],
                 measurements=measured[name],
                 pages_kept=pages_kept[name],
                 has_identical_logits=self._has_reference_logits(worker),
+                memory_limit_bytes=self._limits[budget] if name in self._fenced else None,
+                fence=self._fenced.get(name, "none"),
+                agreement=self._agreement.get(name, 1.0),
+                link_limit_bytes_per_s=(
+                    None if lineup.is_resident(name) else self.options.link_bytes_per_s
+                ),
             )
             for name, worker in arms.items()
         }
@@ -264,7 +335,7 @@ class _Bench:
         return self._recordings[worker].logits_checksum == checksum
 
     def _missed_per_token(self, runs: Runs) -> float:
-        if runs.arm in _BUDGETLESS:
+        if lineup.is_resident(runs.arm):
             return 0.0
         assert self._reference is not None
         passes = self._reference[1].passes

@@ -41,9 +41,20 @@ class Subject:
     budget_bytes: int
     expert_bytes: int
     active_bytes: int
+    dense_bytes: int
     num_threads: int
     load_s: float
     files: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class External:
+    """What another system's arm runs: its version, and the files it reads its weights from."""
+
+    version: str
+    load_s: float
+    files: list[str]
+    architecture: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +72,8 @@ class Measurement:
 
     `decode_s` runs from a passage's first token to its last, with sampling and detokenising, as a
     user waits; `stall_s` is the part of it that waited for experts. `ttft_s` is the median.
-    `traffic` counts decode steps only.
+    `traffic` counts decode steps only. `read_bytes` is what the process read from storage, by
+    whatever call or page fault, prompts included.
     """
 
     token_ids: list[list[int]]
@@ -71,6 +83,7 @@ class Measurement:
     stall_s: float
     traffic: dict[str, int]
     rss_peak_bytes: int
+    read_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:

@@ -22,6 +22,10 @@ class Runs:
     measurements: Sequence[Measurement]
     pages_kept: float
     has_identical_logits: bool
+    memory_limit_bytes: int | None
+    fence: str
+    agreement: float
+    link_limit_bytes_per_s: int | None
 
 
 def make_row(
@@ -80,6 +84,11 @@ def make_row(
         "reads": "direct" if bandwidths[0].is_direct else "buffered",
         "pages_kept": runs.pages_kept,
         "identical_logits": runs.has_identical_logits,
+        "token_agreement": runs.agreement,
+        "memory_limit_bytes": runs.memory_limit_bytes,
+        "memory_fence": runs.fence,
+        "link_limit_bytes_per_s": runs.link_limit_bytes_per_s,
+        "storage_bytes_per_token": sum(one.read_bytes for one in measurements) / tokens,
         "slots": subject.num_slots,
         "budget_bytes": subject.budget_bytes,
         "expert_bytes": subject.expert_bytes,

@@ -18,6 +18,7 @@ import msgspec
 from ..runtime import errors
 from ..runtime.errors import OutriderError
 from .bandwidth import link_bandwidth, read_bandwidth
+from .fence import Fence
 from .records import Bandwidths, Passage
 
 CLOSE_TIMEOUT_S = 20.0
@@ -30,18 +31,27 @@ class WorkerError(OutriderError):
 class Worker:
     """A child process that serves the methods of one object. Calls block; a context manager."""
 
-    def __init__(self, kind: str, options: Mapping[str, Any], *, num_threads: int | None) -> None:
+    def __init__(
+        self,
+        kind: str,
+        options: Mapping[str, Any],
+        *,
+        num_threads: int | None,
+        fence: Fence | None = None,
+    ) -> None:
         environment = dict(os.environ)
         if num_threads is not None:
             environment["OMP_NUM_THREADS"] = str(num_threads)
         self._kind = kind
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "outrider.bench.worker", kind, json.dumps(options)],
+            [*_command(kind, options), json.dumps(options)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=environment,
         )
         self._num_asked = 0
+        if fence is not None:
+            fence.admit(self._process.pid)
 
     def ask(self, method: str, *arguments: Any) -> None:
         """Start a call; `answer` gives its result. Does not block."""
@@ -108,6 +118,12 @@ class Worker:
         )
 
 
+def _command(kind: str, options: Mapping[str, Any]) -> list[str]:
+    if kind == "llama.cpp":
+        return [options["python"], str(Path(__file__).with_name("llama_arm.py"))]
+    return [sys.executable, "-m", "outrider.bench.worker", kind]
+
+
 class Probe:
     """Measures bandwidths in a process that holds no model."""
 
@@ -132,10 +148,17 @@ def _alone_arm(options: dict[str, Any]) -> Any:
     return AloneArm(**options)
 
 
+def _accelerate_arm(options: dict[str, Any]) -> Any:
+    from .accelerate_arm import AccelerateArm
+
+    return AccelerateArm(**options)
+
+
 # What a child can serve; another system's arm is one more line.
 ARMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "engine": _engine_arm,
     "alone": _alone_arm,
+    "accelerate": _accelerate_arm,
     "probe": lambda _: Probe(),
 }
 _METHODS = frozenset({"load", "encode", "record", "prepare", "run", "measure"})

@@ -18,13 +18,20 @@ BUILT_IN = "built-in"
 _CHARACTERS_PER_TOKEN = 16
 
 
-def built_in_texts(count: int) -> list[tuple[str, str]]:
-    """The first held-out documents of the repository's free sample, one domain after the other."""
+def built_in_texts(count: int, *, domain: str | None = None) -> list[tuple[str, str]]:
+    """The first held-out documents of the repository's free sample, one domain after the other.
+
+    With `domain` those of it alone; UsageError names the domains where it is none.
+    """
     by_domain: dict[str, list[str]] = {}
     for document in sample(SAMPLE_FOLDER):
         if split_of(document.text) == "test":
             by_domain.setdefault(document.domain, []).append(document.text)
     domains = sorted(by_domain)
+    if domain is not None:
+        if domain not in by_domain:
+            raise UsageError(f"prompts: no domain {domain!r}; there are {', '.join(domains)}")
+        domains = [domain]
     texts = []
     for index in range(count):
         domain = domains[index % len(domains)]
@@ -34,12 +41,15 @@ def built_in_texts(count: int) -> list[tuple[str, str]]:
 
 
 def read_texts(prompts: str, count: int) -> list[tuple[str, str]]:
-    """Names and texts: the built-in ones, or the first `count` lines that are not empty of a file.
+    """Names and texts: the built-in ones ("built-in", or "built-in:DOMAIN" for one domain's), or
+    the first `count` lines that are not empty of a file.
 
     UsageError for a file that is not there, not UTF-8 or empty.
     """
     if prompts == BUILT_IN:
         return built_in_texts(count)
+    if prompts.startswith(f"{BUILT_IN}:"):
+        return built_in_texts(count, domain=prompts.partition(":")[2])
     try:
         lines = Path(prompts).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:

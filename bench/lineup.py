@@ -1,0 +1,134 @@
+"""The arms of `bench decode` by name: what serves each, and what that is told."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ..runtime.errors import UsageError
+from .records import External, Subject
+
+LLAMA_RESIDENT = "llama.cpp-resident"
+NAMES = ("resident", "on-demand", "prefetch", "oracle", "accelerate", "llama.cpp", LLAMA_RESIDENT)
+# `prefetch:statistics` is prefetching with that predictor.
+_WITH_PREDICTOR = "prefetch:"
+_EXTERNAL = frozenset({"accelerate", "llama.cpp", LLAMA_RESIDENT})
+# The same whatever the budget, and outside of every limit.
+_RESIDENT = frozenset({"resident", LLAMA_RESIDENT})
+# What transformers needs beside its weights, and twice the largest layer that it brings back.
+_TRANSFORMERS_BYTES = 1 << 30
+_LEAST_BYTES = 256 << 20
+
+
+class Options(Protocol):
+    """What arms are told of a run."""
+
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def store(self) -> str | None: ...
+    @property
+    def engine(self) -> Mapping[str, Any]: ...
+    @property
+    def llama(self) -> tuple[str, str] | None: ...
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def num_tokens(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Arm:
+    """One arm: the kind of worker that serves it, and the arguments that it is made with."""
+
+    kind: str
+    arguments: dict[str, Any]
+    is_external: bool = False
+    is_resident: bool = False
+
+
+def is_external(name: str) -> bool:
+    """Whether the arm is another system, whose tokens need not be the same."""
+    return name in _EXTERNAL
+
+
+def is_resident(name: str) -> bool:
+    """Whether the arm holds everything, so that budgets and limits do not concern it."""
+    return name in _RESIDENT
+
+
+def check(names: Sequence[str], *, has_llama: bool) -> None:
+    """Raise UsageError for arms that are unknown or cannot be run like this."""
+    unknown = [name for name in names if name not in NAMES and not _predictor(name)]
+    if unknown or not names:
+        raise UsageError(
+            f"arms: {', '.join(unknown) or 'none'}; known ones: {', '.join(NAMES)} and "
+            f"{_WITH_PREDICTOR}PREDICTOR"
+        )
+    if all(is_external(name) for name in names):
+        raise UsageError("arms: at least one of outrider's own, whose tokens others are held to")
+    if not has_llama and any(name.startswith("llama.cpp") for name in names):
+        raise UsageError(
+            "arms: llama.cpp needs --llama-python, a Python that has llama-cpp-python, and "
+            "--gguf, the same weights (outrider bench make-gguf writes them)"
+        )
+
+
+def arm(name: str, budget: str, options: Options) -> Arm:
+    """The arm called `name` at one budget. `name` has passed `check`."""
+    if name == "accelerate":
+        dtype = options.engine.get("dtype", "auto")
+        return Arm(name, {"model": options.model, "dtype": dtype}, is_external=True)
+    if name.startswith("llama.cpp"):
+        assert options.llama is not None
+        python, file = options.llama
+        arguments = {
+            "python": python,
+            "file": file,
+            "context": options.prompt_tokens + options.num_tokens + 8,
+        }
+        return Arm("llama.cpp", arguments, is_external=True, is_resident=name == LLAMA_RESIDENT)
+    config = {**options.engine, "expert_memory": budget}
+    more: dict[str, Any] = {}
+    if name == "resident":
+        config |= {"expert_memory": "all", "prefetch": "off"}
+        more = {"is_filled": True}
+    elif name == "on-demand":
+        config |= {"prefetch": "off"}
+    elif name == "oracle":
+        config |= {"predictor": "frequent"}  # any that needs nothing: the arm puts its own in place
+        more = {"is_foretold": True}
+    elif name.startswith(_WITH_PREDICTOR):
+        config |= {"predictor": _predictor(name)}
+    arguments = {"model": options.model, "store": options.store, "options": config, **more}
+    return Arm("engine", arguments, is_resident=name == "resident")
+
+
+def external_arguments(arm: Arm, like: Subject, limit: int | None) -> dict[str, Any]:
+    """What an external arm is told beside its own: `like` is ours at the same budget."""
+    if arm.kind == "llama.cpp":
+        return {"threads": like.num_threads}
+    dense = like.dense_bytes
+    held = like.budget_bytes + dense
+    if limit is not None:
+        layer = like.num_experts * like.expert_bytes
+        held = max(_LEAST_BYTES, limit - _TRANSFORMERS_BYTES - 2 * layer)
+    return {"memory_bytes": held}
+
+
+def subject(name: str, external: External, like: Subject) -> Subject:
+    """What an external arm runs, for its row: our own subject's sizes under its name."""
+    fmt = Path(external.files[0]).stem if name.startswith("llama.cpp") else like.dtype
+    return replace(
+        like,
+        format=fmt,
+        predictor="none",
+        prefetch="off",
+        eviction="none" if name == LLAMA_RESIDENT else "its own",
+        load_s=external.load_s,
+        files=external.files,
+    )
+
+
+def _predictor(name: str) -> str:
+    return name.removeprefix(_WITH_PREDICTOR) if name.startswith(_WITH_PREDICTOR) else ""
