@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+SCRIPT_FOLDER = Path(__file__).parent
+
 
 def _advise_away(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
