@@ -1,6 +1,8 @@
 """Arms side by side: real processes on a tiny model, and a wrong arm that must be found out."""
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +13,11 @@ from typer.testing import CliRunner
 from outrider.bench import decode as bench
 from outrider.bench.arm import EngineArm
 from outrider.bench.decode import DecodeOptions, MismatchError, bench_decode
-from outrider.bench.records import Bandwidths, Passage
+from outrider.bench.records import Bandwidths, External, Measurement, Passage, Recording
 from outrider.bench.worker import Worker, WorkerError, _error
 from outrider.bench.workload import built_in_texts, make_passages, read_texts
 from outrider.runtime.cli import app
-from outrider.runtime.errors import InvalidDataError, UsageError
+from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
 
 ROW_FIELDS = [
     "arm", "format", "budget", "tokens_per_second", "spread", "ttft_s", "bytes_per_token",
@@ -36,7 +38,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class InProcess:
     """A worker without a process: same calls, in order, on an arm in this one."""
 
-    def __init__(self, kind: str, options: dict[str, Any], *, num_threads: int | None) -> None:
+    def __init__(
+        self, kind: str, options: dict[str, Any], *, num_threads: int | None, fence: Any = None
+    ) -> None:
         self.arm = EngineArm(**options) if kind == "engine" else None
         self.replies: list[Any] = []
 
@@ -171,10 +175,118 @@ def test_a_worker_hands_on_errors_and_says_when_it_is_gone() -> None:
     assert isinstance(_error({"error": "Unheard", "message": "x"}), WorkerError)
 
 
+def test_the_oracle_is_told_of_each_passage_what_will_be_asked_for(
+    tiny: Path, in_process: None
+) -> None:
+    arms = ("on-demand", "oracle")
+    settings = {"budgets": ("50%",), "engine": {"prefetch": "on"}, "is_cold": True}
+    on_demand, oracle = bench_decode(options(tiny, arms=arms, **settings))["rows"]
+    assert oracle["predictor"] == "frequent" and oracle["identical_logits"]
+    traffic = oracle["traffic"]
+    assert traffic["prefetch_issued"] > 0
+    assert traffic["prefetch_wasted"] == 0, "what was foretold was used"
+    assert traffic["misses"] < on_demand["traffic"]["misses"]
+
+
+FAKE_LLAMA = """
+import ctypes
+__version__ = "made up"
+def llama_get_logits_ith(ctx, row):
+    return ctypes.cast(ctx.logits, ctypes.c_void_p).value
+class Llama:
+    metadata = {"general.architecture": "deepseek"}
+    def __init__(self, file, **options):
+        self.ctx, self.shift = self, int(open(file).read())
+        self.logits = (ctypes.c_float * 320)()
+    def n_vocab(self): return 320
+    def reset(self): self.count = 0
+    def close(self): self.ctx = None
+    def eval(self, ids):
+        self.count += len(ids)
+        self.logits[:] = [0.0] * 320
+        self.logits[(ids[-1] + self.shift) % 320] = 1.0
+"""
+
+
+def test_llama_cpp_speaks_with_the_benchmark_from_a_python_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "llama_cpp.py").write_text(FAKE_LLAMA)
+    (tmp_path / "weights.gguf").write_text("3")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    file = str(tmp_path / "weights.gguf")
+    told = {"python": sys.executable, "file": file, "context": 64, "threads": 1}
+    passages = [Passage("a", [1, 2], [10, 20, 30], 3), Passage("free", [5], [], 3)]
+    with Worker("llama.cpp", told, num_threads=1) as worker:
+        external = worker.call("load", kind=External)
+        assert (external.version, external.files) == ("made up", [file])
+        recording = worker.call("record", passages, kind=Recording)
+        # Each choice is the token before it and 3; the text is fed where there is one.
+        assert recording.token_ids == [[5, 13, 23], [8, 11, 14]]
+        worker.call("prepare", True, kind=float)
+        measurement = worker.call("run", passages, kind=Measurement)
+        assert measurement.token_ids == recording.token_ids
+        assert measurement.decode_tokens == 4 and measurement.decode_s > 0
+        with pytest.raises(OutriderError, match=r"llama\.cpp: .*no_such"):
+            worker.call("no_such", kind=float)
+
+
+def test_another_system_may_round_elsewhere_but_not_run_another_model(
+    tiny: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Other:
+        """accelerate's place, by an engine that changes some tokens."""
+
+        share = 0.25
+
+        def __init__(self, model: str, options: dict[str, Any]) -> None:
+            self.arm = EngineArm(model=model, options=options)
+
+        def load(self) -> External:
+            self.arm.load()
+            return External("1", 0.1, ["somewhere"])
+
+        def record(self, passages: list[Passage]) -> Recording:
+            recording = self.arm.record(passages)
+            return Recording([self._changed(ids) for ids in recording.token_ids], "", [])
+
+        def prepare(self, is_cold: bool) -> float:
+            return 0.0
+
+        def run(self, passages: list[Passage]) -> Measurement:
+            run = self.arm.run(passages)
+            return replace(run, token_ids=[self._changed(ids) for ids in run.token_ids], traffic={})
+
+        def close(self) -> None:
+            self.arm.close()
+
+        def _changed(self, ids: list[int]) -> list[int]:
+            changed = int(len(ids) * self.share)
+            return [token + (place < changed) for place, token in enumerate(ids)]
+
+    class WithOther(InProcess):
+        def __init__(self, kind: str, told: dict[str, Any], **named: Any) -> None:
+            super().__init__(kind, told, **named)
+            if kind == "accelerate":
+                options = {"expert_memory": "all", "prefetch": "off"}
+                self.arm = Other(told["model"], options)  # type: ignore[assignment]
+
+    monkeypatch.setattr(bench, "Worker", WithOther)
+    wanted = options(tiny, arms=("on-demand", "accelerate"), is_cold=False, num_tokens=8)
+    _, other = bench_decode(wanted)["rows"]
+    assert other["arm"] == "accelerate" and other["token_agreement"] == 0.75
+    assert other["hit_rate"] is None and not other["identical_logits"]
+    monkeypatch.setattr(Other, "share", 0.75)
+    with pytest.raises(MismatchError, match=r"agrees .* on 25 %"):
+        bench_decode(wanted)
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
         ({"arms": ("warp",)}, "warp"),
+        ({"arms": ("accelerate",)}, "at least one of outrider's own"),
+        ({"arms": ("resident", "llama.cpp")}, "--llama-python"),
         ({"arms": ("prefetch", "prefetch")}, "named once"),
         ({"repetitions": 0}, "repetitions"),
         ({"num_tokens": 1}, "tokens"),
