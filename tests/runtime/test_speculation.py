@@ -18,7 +18,7 @@ from outrider.runtime.config import EngineConfig
 from outrider.runtime.engine import Engine
 from outrider.runtime.errors import InvalidDataError, UsageError
 from outrider.runtime.models import adapter
-from outrider.runtime.models.loading import load_model
+from outrider.runtime.models.loading import load_model, resolve_folder
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.speculation import (
     LATE_S,
@@ -203,3 +203,15 @@ def test_a_folder_that_is_no_predictor(loaded, tmp_path):
         choose_predictor(tmp_path, loaded)
     assert issubclass(PredictorError, ValueError)
     assert EngineConfig(predictor=Path(tmp_path)).predictor == tmp_path
+
+
+def test_the_built_in_models_own_predictor_fits_it():
+    loaded = load_model(resolve_folder(None))
+    assert shipped_predictor(loaded.folder) is not None
+    speculation = choose_predictor("auto", loaded)
+    assert speculation.name == "ensemble"
+    predictor = speculation.make()
+    predictor.begin(np.arange(3))
+    forecast = predictor.before_token(5, 1)
+    forecast.check(loaded.shape)
+    np.testing.assert_allclose(forecast.probability.sum(axis=1), loaded.shape.top_k, rtol=0.01)
