@@ -63,6 +63,7 @@ RULES = {
         ("op", "impl", "format", "shape", "phase", "tokens", "activations"),
         (_Figure("share_of_read", True, True),),
     ),
+    "serve": _Rules(("max_concurrency",), (_Figure("output_throughput", True, True),)),
     "evaluate": _Rules(
         ("predictor", "moment", "distance"),
         (_Figure("recall_at_k", True, False),),

@@ -172,6 +172,37 @@ class KernelRow(Stamped, kw_only=True):
     error: float
 
 
+class ServeRow(Stamped, kw_only=True):
+    """One number of clients; names and definitions of `vllm bench serve`."""
+
+    max_concurrency: int
+    num_prompts: int
+    completed: int
+    failed: int
+    duration: float
+    total_input_tokens: int
+    total_output_tokens: int
+    request_throughput: float
+    output_throughput: float
+    total_token_throughput: float
+    mean_ttft_ms: float
+    median_ttft_ms: float
+    p99_ttft_ms: float
+    mean_tpot_ms: float
+    median_tpot_ms: float
+    p99_tpot_ms: float
+    mean_itl_ms: float
+    median_itl_ms: float
+    p99_itl_ms: float
+    mean_e2el_ms: float
+    median_e2el_ms: float
+    p99_e2el_ms: float
+    spread: Spread
+    same_tokens_as_alone: Number
+    experts: dict[str, Number]
+    repetitions: int
+
+
 class ValidationRow(msgspec.Struct, kw_only=True):
     """One configuration, run and simulated."""
 
@@ -262,6 +293,16 @@ class Kernels(_Document, kw_only=True):
     rows: list[KernelRow]
 
 
+class Serve(_Document, kw_only=True):
+    """`bench serve`."""
+
+    bench: Literal["serve"]
+    workload: dict[str, Any]
+    server: dict[str, Any]
+    idle_clients: dict[str, Any]
+    rows: list[ServeRow]
+
+
 class Validation(_Document, kw_only=True):
     """`bench validate`."""
 
@@ -288,6 +329,7 @@ KINDS: dict[str, type[_Document]] = {
     "decode": Decode,
     "transfer": Transfers,
     "kernels": Kernels,
+    "serve": Serve,
     "validate": Validation,
     "evaluate": Prediction,
 }

@@ -27,6 +27,8 @@ from .workload import BUILT_IN, read_texts
 Progress = Callable[[str, int, int], None]
 _COMMAND = "from outrider.runtime.cli import main; main()"
 _CHARACTERS_PER_TOKEN = 16
+# Requests of a repetition that the engine alone answers as well.
+_NUM_PAIRS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +114,7 @@ class _Run:
     def alone_and_served(self) -> list[tuple[Taken, Taken]]:
         """The same prompts, one by the engine alone, one through the server, in turns."""
         pairs = []
-        for prompt in self._prompts[: max(4, self._options.requests)]:
+        for prompt in self._prompts[:_NUM_PAIRS]:
             reply = self._alone.call(
                 "measure", prompt.token_ids, prompt.num_tokens, kind=dict[str, Any]
             )
@@ -158,6 +160,7 @@ class _Run:
                 }
             )
         return {
+            "bench": "serve",
             "environment": surroundings,
             "workload": {
                 "model": options.model or "nano",

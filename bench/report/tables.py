@@ -15,6 +15,7 @@ TITLES = {
     "decode": "Decoding, measured",
     "transfer": "Transfer, measured",
     "kernels": "Expert kernels, measured",
+    "serve": "Serving, measured",
     "validate": "The simulator against the machine",
     "evaluate": "Predictors",
 }
@@ -77,7 +78,7 @@ def notes(kind: str, document: Mapping[str, Any]) -> list[str]:
             f"{document['worst_error']:.1%}."
         )
     load = document["environment"]["load_average"]
-    if kind in ("decode", "transfer", "kernels", "validate"):
+    if kind in ("decode", "transfer", "kernels", "serve", "validate"):
         found.append(
             f"Load average {' to '.join(f'{one:.1f}' for one in load)} on "
             f"{document['environment']['num_cpus']} processors: above that number, figures are a "
@@ -225,6 +226,19 @@ _KINDS: dict[str, tuple[dict[str, Cell], Callable[[Row], str]]] = {
             "error": lambda row: f"{row['error']:.1e}",
         },
         lambda row: row["phase"],
+    ),
+    "serve": (
+        {
+            "clients": _text("max_concurrency"),
+            "tokens/s": _number("output_throughput"),
+            "requests/s": _number("request_throughput", 2),
+            "TTFT, ms": _number("median_ttft_ms"),
+            "TTFT p99": _number("p99_ttft_ms"),
+            "TPOT, ms": _number("median_tpot_ms"),
+            "ITL p99": _number("p99_itl_ms"),
+            "failed": _text("failed"),
+        },
+        lambda row: "closed loop",
     ),
     "validate": (
         {

@@ -11,9 +11,11 @@ import pytest
 import served_double
 from served_double import answer
 
-from outrider.bench import serve
+from outrider.bench import documents, serve
+from outrider.bench.compare import compare
 from outrider.bench.latencies import experts, figures
 from outrider.bench.load import Load, Prompt, Taken
+from outrider.bench.report.tables import table
 from outrider.bench.serve import ServedDifferently, ServeOptions, bench_serve
 from outrider.runtime.errors import UsageError
 from outrider.runtime.serving.client import Client
@@ -109,8 +111,11 @@ def test_a_run_has_a_row_for_each_level_and_compares_with_the_engine(doubled):
         ServeOptions(clients=(1, 4), requests=2, num_tokens=8, num_idle=5, repetitions=2),
         progress=lambda what, done, total: told.append((done, total)),
     )
-    json.dumps(document)
+    assert documents.check(json.loads(json.dumps(document)), source="this run") == "serve"
     assert [row["max_concurrency"] for row in document["rows"]] == [1, 4]
+    (shown,) = table("serve", document)
+    assert [row[0] for row in shown.rows] == ["1", "4"]
+    assert compare(document, document, kinds=("serve", "serve"))["compared"] == 2
     for row in document["rows"]:
         assert row["failed"] == 0 and row["completed"] == 2 * 2 * row["max_concurrency"]
         assert row["total_output_tokens"] == 8 * row["completed"]
@@ -119,7 +124,7 @@ def test_a_run_has_a_row_for_each_level_and_compares_with_the_engine(doubled):
     assert document["rows"][0]["ratio"]["median"] == 1.0
     # The double's pass takes 2 ms however many share it: four clients get far more than one.
     assert document["rows"][1]["ratio"]["median"] > 1.5
-    assert document["server"]["tpot_ratio"]["count"] == 2 * 4
+    assert document["server"]["tpot_ratio"]["count"] == 2 * 8
     assert document["idle_clients"]["clients"] == 5
     assert told[-1][0] == told[-1][1]
 
