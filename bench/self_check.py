@@ -121,8 +121,10 @@ def _against_plain(name: str, device: str) -> Check:
 
     folder = resolve_folder(None)
     # Any: what `generate` wants of a model is more than checkers can follow.
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, trust_remote_code=False
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     expected = []
     for prompt in _prompts():
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
