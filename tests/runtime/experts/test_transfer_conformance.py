@@ -9,9 +9,10 @@ import torch
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.errors import TransferError
 from outrider.runtime.experts.cache import ExpertCache, Kind
+from outrider.runtime.experts.cuda_link import CudaLink
 from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.tiered import TieredTransfer
+from outrider.runtime.experts.tiered import Link, TieredTransfer
 from outrider.runtime.experts.transfer import ThreadTransfer, TransferEngine
 from outrider.runtime.testing import InstantLink, ManualTransfer, SyntheticExperts, write_experts
 
@@ -33,18 +34,26 @@ ENGINES: dict[str, Callable[[SyntheticExperts, SlotArena], TransferEngine]] = {
 }
 
 
-def tiered(source: SyntheticExperts, arena: SlotArena, *, num_host_slots: int) -> TransferEngine:
+def tiered(
+    source: SyntheticExperts,
+    arena: SlotArena,
+    *,
+    num_host_slots: int,
+    make_link: Callable[[SlotArena, SlotArena], Link] = InstantLink,
+) -> TransferEngine:
     """Disk, host cache and a link that is a plain copy: all of a card's way but the card."""
     host_arena = SlotArena(num_host_slots, source.views, source.nbytes)
     host = ExpertCache(
         num_host_slots, eviction=make_eviction("lfu", shape=SHAPE, num_slots=num_host_slots)
     )
     disk = ThreadTransfer(source, host_arena, piece_bytes=4096)
-    return TieredTransfer(disk, InstantLink(host_arena, arena), host=host, source=source)
+    return TieredTransfer(disk, make_link(host_arena, arena), host=host, source=source)
 
 
 ENGINES["tiered"] = lambda source, arena: tiered(source, arena, num_host_slots=3)
 ENGINES["tiered-all-on-host"] = lambda source, arena: tiered(source, arena, num_host_slots=20)
+ENGINES["cuda"] = lambda source, arena: tiered(source, arena, num_host_slots=8, make_link=CudaLink)
+NAMES = [pytest.param(name, marks=pytest.mark.gpu) if name == "cuda" else name for name in ENGINES]
 
 
 @pytest.fixture(params=["packed", "checkpoint"])
@@ -52,26 +61,36 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> SyntheticExperts:
     return write_experts(tmp_path, SHAPE, is_packed=request.param == "packed")
 
 
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture
-def arena(source: SyntheticExperts) -> Iterator[SlotArena]:
-    with SlotArena(len(KEYS), source.views, source.nbytes) as arena:
+def arena(name: str, source: SyntheticExperts) -> Iterator[SlotArena]:
+    device = "cuda" if name == "cuda" else "cpu"
+    with SlotArena(len(KEYS), source.views, source.nbytes, device=device) as arena:
         for slot in range(arena.num_slots):
             arena.poison(slot)
         yield arena
 
 
-@pytest.fixture(params=list(ENGINES))
-def engine(
-    request: pytest.FixtureRequest, source: SyntheticExperts, arena: SlotArena
-) -> Iterator[TransferEngine]:
-    engine = ENGINES[request.param](source, arena)
+@pytest.fixture
+def engine(name: str, source: SyntheticExperts, arena: SlotArena) -> Iterator[TransferEngine]:
+    engine = ENGINES[name](source, arena)
     yield engine
     engine.close()
 
 
+def let_arrive(arena: SlotArena) -> None:
+    """A device is waited for by its own streams; here the host has to."""
+    if arena.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
 def assert_holds(arena: SlotArena, slot: int, source: SyntheticExperts, key: ExpertKey) -> None:
     for name, expected in source.reference(key).items():
-        assert torch.equal(arena.view(slot, name), expected), (key, name)
+        assert torch.equal(arena.view(slot, name).cpu(), expected), (key, name)
 
 
 def test_waited_copies_hold_exactly_their_experts(
@@ -83,8 +102,10 @@ def test_waited_copies_hold_exactly_their_experts(
     ]
     for transfer in transfers:
         transfer.wait()
+        let_arrive(arena)
         assert transfer.done()
         assert_holds(arena, transfer.slot, source, transfer.key)
+    let_arrive(arena)
     assert engine.outstanding_bytes() == 0
 
 
@@ -120,6 +141,7 @@ def test_an_unknown_expert_fails_in_wait_and_hurts_nobody_else(
         bad.wait()
     good.wait()
     assert_holds(arena, 1, source, KEYS[1])
+    let_arrive(arena)
     assert engine.outstanding_bytes() == 0
 
 
@@ -142,6 +164,7 @@ def test_a_truncated_file_fails_only_the_experts_it_lost(
     assert "wanted" in str(caught.value) and "expert_idx=5" in str(caught.value)
     kept.wait()
     assert_holds(arena, 1, source, KEYS[0])
+    let_arrive(arena)
     assert engine.outstanding_bytes() == 0
 
 
@@ -157,7 +180,7 @@ def test_a_promoted_prefetch_completes(
         transfer.wait()
 
 
-def test_cancelled_copies_are_done_and_raise(engine: TransferEngine) -> None:
+def test_cancelled_copies_are_done_and_raise(engine: TransferEngine, arena: SlotArena) -> None:
     transfers = [engine.submit(key, slot, Kind.PREFETCH) for slot, key in enumerate(KEYS)]
     for transfer in reversed(transfers):
         if transfer.cancel():
@@ -167,20 +190,24 @@ def test_cancelled_copies_are_done_and_raise(engine: TransferEngine) -> None:
                 transfer.wait()
         else:
             transfer.wait()
+    let_arrive(arena)
     assert engine.outstanding_bytes() == 0
 
 
-def test_closing_leaves_no_waiter_hanging(engine: TransferEngine) -> None:
+def test_closing_leaves_no_waiter_hanging(engine: TransferEngine, arena: SlotArena) -> None:
     transfers = [engine.submit(key, slot, Kind.PREFETCH) for slot, key in enumerate(KEYS)]
     engine.close()
     engine.close()
     assert all(transfer.done() for transfer in transfers)
+    let_arrive(arena)
     assert engine.outstanding_bytes() == 0
     with pytest.raises(TransferError, match="closed"):
         engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
 
 
-def test_bandwidth_is_known_after_the_first_copy(engine: TransferEngine) -> None:
-    engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
-    assert engine.bandwidth() > 0.0
+def test_bandwidth_is_known_after_the_first_copy(engine: TransferEngine, arena: SlotArena) -> None:
+    copy = engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
+    copy.wait()
+    let_arrive(arena)
+    assert copy.done() and engine.bandwidth() > 0.0
     assert not engine.degraded
