@@ -206,9 +206,11 @@ class ExpertCache:
         if self._free:
             slot = self._free.pop()
         else:
-            victim = self._eviction.victim(
-                key, lambda other: other not in keep and self._is_evictable(other)
+            # Asked hundreds of times a token: what nobody keeps is not looked up.
+            spared = (
+                (lambda other: other not in keep and self._is_evictable(other)) if keep else None
             )
+            victim = self._eviction.victim(key, spared or self._is_evictable)
             if victim is None and keep and not is_prefetch:
                 victim = self._eviction.victim(key, self._is_evictable)
             if victim is None:
