@@ -6,7 +6,7 @@ Chooses the arms, runs them in a pool of processes, and makes rows. Replay itsel
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
@@ -40,6 +40,7 @@ Progress = Callable[[str, int, int], None]
 class HitRateOptions:
     """What is replayed. `policies` run demand-only, `forecast` once for each predictor; each of
     `predictors` also reads ahead, with `eviction` choosing victims. `links` replaces the device's.
+    Work goes to `cluster`, if there is one, through files in `scratch`.
     """
 
     source: Source
@@ -55,6 +56,8 @@ class HitRateOptions:
     warmup_tokens: int = WARMUP_TOKENS
     has_prompts: bool = False
     workers: int | None = None
+    cluster: Executor | None = None
+    scratch: Path | None = None
 
 
 def bench_hit_rate(options: HitRateOptions, *, progress: Progress) -> dict[str, Any]:
@@ -65,7 +68,7 @@ def bench_hit_rate(options: HitRateOptions, *, progress: Progress) -> dict[str, 
     check(options)
     around = environment()
     routing = options.source.read()
-    with workspace(options.workers) as (folder, pool):
+    with workspace(options.workers, options.cluster, options.scratch) as (folder, pool):
         routing.save(folder / ROUTING_NAME)
         folders = foretell_all(options, folder, pool=pool, progress=progress)
         arms = choose_arms(options, routing)
@@ -143,13 +146,17 @@ def warm_from(routing: Routing, warmup_tokens: int, prompt_tokens: int) -> int:
 
 
 @contextmanager
-def workspace(workers: int | None) -> Iterator[tuple[Path, ProcessPoolExecutor]]:
-    """A folder that goes when the run ends, and processes that share it."""
+def workspace(
+    workers: int | None, cluster: Executor | None = None, scratch: Path | None = None
+) -> Iterator[tuple[Path, Executor]]:
+    """A folder that goes when the run ends, and processes that share it: those of `cluster`, if
+    there is one, all of which must see the folder `scratch`.
+    """
     count = workers or max(1, min(len(os.sched_getaffinity(0)), 8))
     with (
-        tempfile.TemporaryDirectory(prefix="outrider-replay-") as name,
+        tempfile.TemporaryDirectory(prefix="outrider-replay-", dir=scratch) as name,
         # Spawned: a copy of a process in which torch has threads would not be whole.
-        ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool,
+        cluster or ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool,
     ):
         try:
             yield Path(name), pool
@@ -159,7 +166,7 @@ def workspace(workers: int | None) -> Iterator[tuple[Path, ProcessPoolExecutor]]
 
 
 def foretell_all(
-    options: HitRateOptions, folder: Path, *, pool: ProcessPoolExecutor, progress: Progress
+    options: HitRateOptions, folder: Path, *, pool: Executor, progress: Progress
 ) -> dict[str, str]:
     """Folders of what each predictor says, made once."""
     folders = {
@@ -177,7 +184,7 @@ def run_all(
     folder: Path,
     folders: dict[str, str],
     *,
-    pool: ProcessPoolExecutor,
+    pool: Executor,
     progress: Progress,
 ) -> dict[ArmSpec, np.ndarray]:
     """The table of each arm. The longest are begun first, so that none is left for the end."""

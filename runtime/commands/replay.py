@@ -53,6 +53,14 @@ Eviction = Annotated[
 ]
 Seed = Annotated[int, typer.Option(min=0, help="of random forecasts, fits and resamples")]
 Workers = Annotated[int | None, typer.Option(min=1, help="processes [one a processor]")]
+Engine = Annotated[str, typer.Option(help="local, or ray: workers of a Ray cluster")]
+Address = Annotated[
+    str | None,
+    typer.Option(help="running Ray cluster: HOST:PORT or auto [one of this machine's own]"),
+]
+Scratch = Annotated[
+    Path | None, typer.Option(help="folder that all nodes of the cluster see [a temporary one]")
+]
 Plot = Annotated[Path | None, typer.Option(help="also draw the result into this PNG file")]
 
 
@@ -72,6 +80,9 @@ def hit_rate(
     eviction: Eviction = None,
     seed: Seed = 0,
     workers: Workers = None,
+    engine: Engine = "local",
+    address: Address = None,
+    scratch: Scratch = None,
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
@@ -101,7 +112,8 @@ def hit_rate(
                 "eviction": eviction,
                 "seed": seed,
                 "workers": workers,
-            },
+            }
+            | _elsewhere(stack, engine, address=address, scratch=scratch, workers=workers),
         )
         if plot is not None:
             _module("plot").require()
@@ -113,6 +125,34 @@ def hit_rate(
         print_json(document)
         return
     print_hit_rates(document)
+
+
+def _elsewhere(
+    stack: ExitStack,
+    engine: str,
+    *,
+    address: str | None,
+    scratch: Path | None,
+    workers: int | None,
+) -> dict[str, Any]:
+    """The options that send work to a cluster; none for the engine "local"."""
+    if engine not in ("local", "ray"):
+        raise UsageError(f"engine {engine!r}; accepted are local, ray")
+    if engine == "local":
+        for name, value in (("address", address), ("scratch", scratch)):
+            if value is not None:
+                raise UsageError(f"--{name} is for workers of a cluster; add --engine ray")
+        return {}
+    from ..scaleout.cluster import connected
+    from ..scaleout.executor import ClusterExecutor
+
+    cluster = stack.enter_context(connected(address, num_workers=workers or 1))
+    if cluster.nodes > 1 and scratch is None:
+        raise UsageError(
+            f"the cluster has {cluster.nodes} nodes: give a folder that all of them see as "
+            "--scratch DIR, and traces in such a folder"
+        )
+    return {"cluster": ClusterExecutor(cluster), "scratch": scratch}
 
 
 def simulate(
