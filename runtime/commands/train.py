@@ -72,7 +72,8 @@ def train(
     clusters: Annotated[int | None, _sized("groups of experts a layer [8]")] = None,
     seed: Annotated[int | None, _trained("one seed gives one result on a CPU [0]")] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="training tokens to read at most [all]")
+        int | None,
+        typer.Option(min=1, help="training tokens to read at most, in order of collection [all]"),
     ] = None,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads [1 for widths up to 256, else all]")
