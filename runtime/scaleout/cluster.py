@@ -71,8 +71,14 @@ def connected(address: str | None, *, num_workers: int) -> Iterator[Cluster]:
         ) from None
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         ray.shutdown()
-        where = "on this machine" if address is None else f"at {address}"
-        raise ClusterError(f"no Ray cluster {where}: {_first_line(error)}") from error
+        if address is None:
+            raise ClusterError(f"no Ray cluster on this machine: {_first_line(error)}") from error
+        # Of a wrong token Ray's own client says no more than of a wrong address.
+        raise ClusterError(
+            f"no Ray cluster at {address}: {_first_line(error)}; check the address, that this "
+            "machine is a node of the cluster, and that the token is the cluster's own "
+            "(RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token)"
+        ) from error
     try:
         yield Cluster(
             ray,
