@@ -26,7 +26,7 @@ from .stopwatch import Clock, DenseProduct, PlainRead, Stint, interleave
 
 SHAPES = ("deepseek-moe-16b", "qwen1.5-moe", "mixtral-8x7b", "olmoe-1b-7b")
 FORMATS = ("fp32", "bf16", "fp16", "int8", "int4", "nf4")
-DEFAULT_FORMATS = ("bf16", "int8", "int4", "nf4")
+DEFAULT_FORMATS = ("bf16", "int8", "int4")
 OPS = ("expert_mlp", "linear", "combine")
 IMPLS = {"cpu": ("cpu", "torch", "reference"), "cuda": ("triton", "torch", "reference")}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -48,7 +48,7 @@ class KernelOptions:
     device: str = "cpu"
     arena_bytes: int = MIN_ARENA_BYTES
     decode_tokens: int = 1
-    prefill_tokens: int = 512
+    prefill_tokens: int = 256
     repetitions: int = 5
     threads: int | None = None
 

@@ -1,4 +1,4 @@
-/* 128-bit row kernels for 64-bit ARM. Compiled and checked under emulation only. */
+/* 128-bit row kernels for 64-bit ARM. No test of this repository has run them. */
 #if defined(__aarch64__)
 #define W 4
 #define ISA_NEON

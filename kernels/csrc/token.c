@@ -135,8 +135,7 @@ static void heads_body(void *context, int32_t thread, int32_t num_threads) {
         Run run = {heads->keys + offset, NULL, heads->length, dim};
         Prepared token = {prepared, NULL};
         float *out = heads->out + h * dim, largest = -INFINITY, total = 0;
-        kernels->prepare(format, format == FP32, heads->queries + h * dim, dim, 0, dim, prepared,
-                         NULL);
+        kernels->prepare(format, heads->queries + h * dim, dim, 0, dim, prepared, NULL);
         kernels->rows[format][0](&run, &token, inner, scores, heads->length);
         for (int64_t i = 0; i < heads->length; i++) {
             scores[i] *= attention->scaling;

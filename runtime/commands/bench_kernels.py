@@ -24,7 +24,7 @@ def kernels(
     shapes: Annotated[str, typer.Option(help="model sizes, with commas")] = _SHAPES,
     formats: Annotated[
         str, typer.Option(help="of the weights, with commas: fp32, bf16, fp16, int8, int4, nf4")
-    ] = "bf16,int8,int4,nf4",
+    ] = "bf16,int8,int4",
     ops: Annotated[
         str, typer.Option(help="expert_mlp, linear, combine: with commas")
     ] = "expert_mlp,linear,combine",
@@ -42,7 +42,7 @@ def kernels(
     dtype: Annotated[str, typer.Option(help="of the activations: fp32, bf16, fp16")] = "bf16",
     arena: Annotated[str, typer.Option(help="slots to walk through, at least")] = "1GiB",
     decode_tokens: Annotated[int, typer.Option(help="tokens of a decode step")] = 1,
-    prefill_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 512,
+    prefill_tokens: Annotated[int, typer.Option(help="tokens of a prompt")] = 256,
     repetitions: Annotated[int, typer.Option(help="timed rounds, everything in turn")] = 5,
     threads: Annotated[int | None, typer.Option(help="CPU threads [torch's own choice]")] = None,
     expected: Annotated[
