@@ -188,7 +188,7 @@ class EngineArm:
                 ignore_eos=True,
             )
         )
-        sampler = _FollowingSampler(sequence.sampler, passage.text_ids, digest=digest)
+        sampler = FollowingSampler(sequence.sampler, passage.text_ids, digest=digest)
         sequence.sampler = sampler  # type: ignore[assignment]
         while not sequence.token_ids and not sequence.is_finished:
             engine.step()
@@ -228,7 +228,7 @@ class _Decoded:
     traffic: ExpertTraffic
 
 
-class _FollowingSampler:
+class FollowingSampler:
     """Remembers the model's own choice, and goes on with the text's token where there is one."""
 
     def __init__(self, sampler: Sampler, text_ids: Sequence[int], *, digest: Any) -> None:

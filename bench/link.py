@@ -37,7 +37,7 @@ class VirtualCopy:
         return self.is_done
 
     def wait(self) -> None:
-        while not self.is_done:
+        while not self.done():
             self._link.run_to_next_end()
         if self.is_cancelled:
             raise TransferError(f"expert {self.key}: the copy was cancelled")

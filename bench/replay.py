@@ -28,12 +28,18 @@ COUNTS = (*(item.name for item in fields(ExpertTraffic)), "tokens", "stall_s", "
 class StepTimes:
     """Seconds of one decode step apart from waiting: before the first layer, per MoE layer before
     its router, per expert computed, after the last layer. A prompt takes them once, too.
+
+    Of the processor's own work on reads: per missing expert asked for, per layer in which forecasts
+    are made, per prefetch issued. Nothing where it is not known.
     """
 
     begin_s: float
     layer_s: float
     expert_s: float
     end_s: float
+    miss_s: float = 0.0
+    forecast_s: float = 0.0
+    issue_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,6 +187,7 @@ class Replay:
         """One forward pass in the executor's order; returns the seconds it waited for experts."""
         clock, prefetcher, times = self._clock, self._prefetcher, self._arm.times
         foretold = self._arm.foretold
+        counters, missed = self.cache.counters, traffic.misses
         stall_s = 0.0
         prefetcher.begin_step(is_decode=step > 0)
         is_asking = foretold is not None and step > 0 and prefetcher.wants_forecasts
@@ -203,7 +210,13 @@ class Replay:
                 if foretold is not None and is_asking:
                     for forecast in foretold.in_pass(sequence, step, layer_idx):
                         prefetcher.offer(forecast)
+                if is_asking:
+                    clock.now += times.forecast_s
+                issued = counters.prefetch_issued
                 prefetcher.advance(step, layer_idx)
+                clock.now += times.issue_s * (counters.prefetch_issued - issued)
+                clock.now += times.miss_s * (traffic.misses - missed)
+                missed = traffic.misses
                 asked = clock.now
                 for wave in acquisition.waves():
                     stall_s += clock.now - asked
@@ -239,7 +252,7 @@ class Replay:
             for forecast in told.in_pass(sequence, step, layer_idx) if told is not None else ():
                 cache.foresee(forecast)
             # Reads come one after the other while what has arrived is computed.
-            done_s = times.expert_s * len(held)
+            done_s = times.miss_s * len(missing) + times.expert_s * len(held)
             for index in range(1, len(missing) + 1):
                 wait_s = max(0.0, index * copy_s - done_s)
                 stall_s += wait_s

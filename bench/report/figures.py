@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ...runtime.errors import OutriderError
 from ..curves import hit_rate_figure
 
 _PALETTE = (
@@ -184,6 +185,14 @@ def scatter(document: Mapping[str, Any]) -> Any:
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     return figure
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG. OutriderError for a bad path."""
+    try:
+        figure.savefig(path, dpi=150, format="png")
+    except OSError as error:
+        raise OutriderError(f"plot: {path} cannot be written: {error}") from error
 
 
 def _distance(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..sizes import parse_bytes
 from . import options
 from .display import print_json, progress_bars, stderr_console
-from .replay_tables import print_fit, print_hit_rates, print_simulation
+from .replay_tables import print_fit, print_hit_rates, print_simulation, print_validation
 from .startup import heavy_imports
 
 _PACKAGE = "outrider.bench"
@@ -246,6 +246,42 @@ def simulate(
         print_json(document)
         return
     print_simulation(document)
+
+
+def validate(
+    geometry: Annotated[
+        Path | None,
+        typer.Option(help="a folder of bench make-geometry, for large experts [nano alone]"),
+    ] = None,
+    passages: Annotated[int, typer.Option(min=1, help="texts to decode")] = 2,
+    tokens: Annotated[int, typer.Option(min=8, help="tokens to decode a passage")] = 40,
+    repetitions: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
+    plot: Plot = None,
+    json: options.Json = False,
+) -> None:
+    """Hold the simulator against this machine: calibrate on three runs, predict the others.
+
+    Every configuration is run here, and its routing recorded; three calibrate the times, and the
+    replay then predicts tokens per second of all. Minutes; on a busy machine it says little.
+    """
+    with heavy_imports():
+        module = _module("validation.validate")
+    if plot is not None:
+        _module("plot").require()
+    wanted = module.ValidateOptions(
+        geometry=None if geometry is None else str(geometry),
+        passages=passages,
+        tokens=tokens,
+        repetitions=repetitions,
+    )
+    with progress_bars() as progress:
+        document = module.bench_validate(wanted, progress=progress)
+    if plot is not None:
+        _module("report.figures").save(_module("report.figures").scatter(document), plot)
+    if json:
+        print_json(document)
+        return
+    print_validation(document)
 
 
 def _module(name: str) -> Any:

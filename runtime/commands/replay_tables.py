@@ -80,6 +80,33 @@ def print_fit(document: dict[str, Any]) -> None:
     )
 
 
+def print_validation(document: dict[str, Any]) -> None:
+    """Measured beside simulated, the unseen after those calibrated on."""
+    table = Table(box=None, padding=(0, 1, 0, 0))
+    table.add_column("configuration", overflow="fold")
+    for heading in ("measured\ntokens/s", "interval", "simulated\ntokens/s", "error"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in document["rows"]:
+        spread = row["spread"]
+        table.add_row(
+            row["name"] + (" (calibrated on)" if row["is_calibration"] else ""),
+            f"{row['measured_tokens_per_second']:.1f}",
+            f"{spread['low']:.1f}-{spread['high']:.1f}",
+            f"{row['simulated_tokens_per_second']:.1f}",
+            f"{100 * row['error']:+.1f}%",
+        )
+    Console(highlight=False).print(table)
+    unseen = [row for row in document["rows"] if not row["is_calibration"]]
+    within = sum(abs(row["error"]) <= 0.15 for row in unseen)
+    load = document["environment"]["load_average"]
+    typer.echo(
+        f"{within} of {len(unseen)} unseen configurations within 15 %; median error "
+        f"{100 * document['median_error']:.1f} %, worst {100 * document['worst_error']:.1f} %. "
+        f"Load average {load[0]:.1f} to {load[-1]:.1f} on "
+        f"{document['environment']['num_cpus']} processors."
+    )
+
+
 def _fit_text(fit: dict[str, Any]) -> str:
     return (
         f"{fit['room_bytes'] / 1e9:.1f} GB for experts of {fit['experts_bytes'] / 1e9:.1f} GB, "

@@ -42,6 +42,14 @@ def test_idle_link_does_nothing_until_it_is_asked():
     assert link._clock.now == pytest.approx(6 * MS)
 
 
+def test_waiting_for_what_ended_long_ago_takes_no_time():
+    link = link_of()
+    one = copy(link, 0)
+    link._clock.advance(5 * MS)
+    one.wait()
+    assert link._clock.now == 5 * MS
+
+
 def test_on_demand_overtakes_a_prefetch_when_its_piece_ends():
     link = link_of()
     ahead = copy(link, 0, Kind.PREFETCH)

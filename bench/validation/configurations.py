@@ -1,0 +1,85 @@
+"""Which configurations the simulator is held against: three to calibrate on, others it never saw.
+
+Knows names and options only.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    """One run: a checkpoint (None: the built-in), engine options, and a limit on the disk's speed.
+
+    `throttle_bytes_per_s` None leaves the disk as it is.
+    """
+
+    model: str | None
+    budget: str
+    format: str = "auto"
+    eviction: str = "layer-lfu"
+    prefetch: str = "off"
+    throttle_bytes_per_s: float | None = None
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Options of the engine."""
+        return {
+            "expert_memory": self.budget,
+            "format": self.format,
+            "eviction": self.eviction,
+            "prefetch": self.prefetch,
+            "predictor": "none" if self.prefetch == "off" else "lookahead",
+            "num_threads": 1,
+        }
+
+    @property
+    def name(self) -> str:
+        """What it is called in tables."""
+        parts = ["nano" if self.model is None else "geometry", self.budget]
+        if self.format != "auto":
+            parts.append(self.format)
+        if self.eviction != "layer-lfu":
+            parts.append(self.eviction)
+        parts.append("on demand" if self.prefetch == "off" else "lookahead")
+        if self.throttle_bytes_per_s is not None:
+            parts.append(f"disk {self.throttle_bytes_per_s / 1e6:g} MB/s")
+        return ", ".join(parts)
+
+
+def calibrated_on(geometry: str | None) -> list[Configuration]:
+    """The three: reads without and with forecasts, and large experts where there are some."""
+    found = [
+        Configuration(None, "25%"),
+        Configuration(None, "25%", prefetch="on"),
+    ]
+    if geometry is not None:
+        found.append(Configuration(geometry, "25%"))
+    return found
+
+
+def unseen(geometry: str | None) -> list[Configuration]:
+    """Other budgets, policies, formats and disks, with and without forecasts."""
+    found = [
+        Configuration(None, "all"),
+        Configuration(None, "75%"),
+        Configuration(None, "50%"),
+        Configuration(None, "10%"),
+        Configuration(None, "25%", eviction="lru"),
+        Configuration(None, "50%", eviction="layer-lru"),
+        Configuration(None, "25%", format="int8"),
+        Configuration(None, "50%", format="int8"),
+        Configuration(None, "25%", throttle_bytes_per_s=50e6),
+        Configuration(None, "50%", throttle_bytes_per_s=50e6),
+        Configuration(None, "50%", prefetch="on"),
+        Configuration(None, "10%", prefetch="on"),
+        Configuration(None, "25%", prefetch="on", throttle_bytes_per_s=100e6),
+    ]
+    if geometry is not None:
+        found += [
+            Configuration(geometry, "50%"),
+            Configuration(geometry, "10%"),
+            Configuration(geometry, "25%", throttle_bytes_per_s=200e6),
+            Configuration(geometry, "25%", prefetch="on"),
+        ]
+    return found
