@@ -73,6 +73,32 @@ nano-predictor: $(DEVELOPED) ## train the built-in model's predictor again and p
 aot: $(DEVELOPED) ## compile the GPU kernels for four architectures again, renew their table (no GPU)
 	TRITON_DEFAULT_FP_FUSION=1 $(BIN)/python -m outrider.kernels.aot
 
+RESULTS ?= build/bench
+TRACES ?= $(RESULTS)/traces
+BENCH := $(BIN)/outrider bench
+# A result that was not finished must not stand for one.
+define result
+	$(BENCH) $(2) --json > $(RESULTS)/$(1).part
+	mv $(RESULTS)/$(1).part $(RESULTS)/$(1).json
+endef
+
+bench: $(DEVELOPED) $(TRACES)/manifest.json ## every benchmark this machine can run (under 30 minutes); renews the tables
+	$(call result,transfer,transfer)
+	$(call result,decode,decode)
+	$(call result,kernels,kernels)
+	$(call result,validate,validate $(if $(GEOMETRY),--geometry $(GEOMETRY)) --plot docs/validation.png)
+	$(call result,fit,simulate --fit deepseek-moe-16b)
+	$(call result,simulate,simulate $(TRACES) --device rtx3090 --model-shape deepseek-moe-16b)
+	$(call result,hit-rate,hit-rate $(TRACES) --plot docs/hit-rate.png)
+	$(BIN)/outrider evaluate $(TRACES) --predictor random,frequent,statistics,lookahead,oracle --json > $(RESULTS)/evaluate.part
+	mv $(RESULTS)/evaluate.part $(RESULTS)/evaluate.json
+	$(BENCH) report $(RESULTS) --out $(RESULTS)/report.html
+	$(BIN)/python tests/support/bench_tables.py $(RESULTS)
+
+$(TRACES)/manifest.json: | $(DEVELOPED)
+	mkdir -p $(RESULTS)
+	$(BIN)/outrider collect --datasets offline --traces 1600 --hidden-states all --seed 1 --out $(TRACES)
+
 clean: ## remove environments and build products
 	rm -rf $(VENV) .venv-floor build/lib build/bdist* *.egg-info .pytest_cache .hypothesis .ruff_cache
 
