@@ -17,8 +17,8 @@ from ..runtime.testing import VirtualClock
 class VirtualCopy:
     """VirtualLink's Transfer. `wait` lets the clock run on until the copy is complete."""
 
-    __slots__ = ("_link", "is_cancelled", "is_done", "is_started", "key", "kind", "left_s",
-                 "nbytes", "slot")  # fmt: skip
+    __slots__ = ("_link", "began_s", "ended_s", "is_cancelled", "is_done", "is_started", "key",
+                 "kind", "left_s", "nbytes", "slot")  # fmt: skip
 
     def __init__(self, link: "VirtualLink", key: ExpertKey, slot: Slot, *, kind: Kind) -> None:
         self.key = key
@@ -26,6 +26,7 @@ class VirtualCopy:
         self.kind = kind
         self.nbytes = link.nbytes
         self.left_s = link.copy_s
+        self.began_s = self.ended_s = 0.0
         self.is_started = False
         self.is_done = False
         self.is_cancelled = False
@@ -162,7 +163,10 @@ class VirtualLink:
         return copy, copy.left_s
 
     def _serve(self, copy: VirtualCopy, seconds: float, *, ends: bool) -> None:
-        copy.is_started = True
+        if not copy.is_started:
+            copy.is_started = True
+            # `_at` is the end of what is served where that ends, else its beginning.
+            copy.began_s = self._at - seconds if ends else self._at
         if copy is self._piece:
             self._piece_left_s -= seconds
             copy.left_s -= seconds
@@ -186,6 +190,7 @@ class VirtualLink:
 
     def _end(self, copy: VirtualCopy, *, is_cancelled: bool = False) -> None:
         copy.is_done = True
+        copy.ended_s = self._at
         copy.is_cancelled = is_cancelled
         copy.left_s = 0.0
         if copy is self._piece:

@@ -181,11 +181,16 @@ class Replay:
         total.check()
         return [*astuple(total), len(passes) - 1, stall_s, seconds]
 
+    def _spend(self, what: str, seconds: float) -> None:
+        """The processor works for so long."""
+        self._clock.now += seconds
+
     def _reading_ahead(
         self, layers: list[list[ExpertKey]], *, sequence: int, step: int, traffic: ExpertTraffic
     ) -> float:
         """One forward pass in the executor's order; returns the seconds it waited for experts."""
         clock, prefetcher, times = self._clock, self._prefetcher, self._arm.times
+        spend = self._spend
         foretold = self._arm.foretold
         counters, missed = self.cache.counters, traffic.misses
         stall_s = 0.0
@@ -196,9 +201,9 @@ class Replay:
             for forecast in foretold.before_token(sequence, step):
                 prefetcher.offer(forecast)
         prefetcher.advance(step, -1)
-        clock.now += times.begin_s
+        spend("before the layers", times.begin_s)
         for layer_idx, needed in enumerate(layers):
-            clock.now += times.layer_s
+            spend(f"layer {layer_idx}", times.layer_s)
             self.cache.advance(step, layer_idx)
             with Acquisition(
                 needed,
@@ -211,18 +216,18 @@ class Replay:
                     for forecast in foretold.in_pass(sequence, step, layer_idx):
                         prefetcher.offer(forecast)
                 if is_asking:
-                    clock.now += times.forecast_s
+                    spend("forecasts", times.forecast_s)
                 issued = counters.prefetch_issued
                 prefetcher.advance(step, layer_idx)
-                clock.now += times.issue_s * (counters.prefetch_issued - issued)
-                clock.now += times.miss_s * (traffic.misses - missed)
+                spend("prefetches", times.issue_s * (counters.prefetch_issued - issued))
+                spend("misses", times.miss_s * (traffic.misses - missed))
                 missed = traffic.misses
                 asked = clock.now
                 for wave in acquisition.waves():
                     stall_s += clock.now - asked
-                    clock.now += times.expert_s * len(wave)
+                    spend(f"experts of layer {layer_idx}", times.expert_s * len(wave))
                     asked = clock.now
-        clock.now += times.end_s
+        spend("output", times.end_s)
         return stall_s
 
     def _on_demand(

@@ -1,9 +1,10 @@
 """Replay of planted routing: what must hold for any routing, policy, budget and forecast."""
 
+import json
 import sys
 from collections import OrderedDict
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import planted_routing as planted
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from outrider.bench.arms import BELADY, ROUTING_NAME, ArmSpec, run_arm
 from outrider.bench.replay import COUNTS, Arm, Replay, Schedule
 from outrider.bench.tiling import tile_foretold, tile_routing
+from outrider.bench.timeline import timeline, write_trace
 from outrider.runtime.experts.eviction import EVICTIONS
 
 ONLINE = ("lru", "lfu", "layer-lru", "layer-lfu", "static", "forecast")
@@ -305,3 +307,29 @@ def test_tiled_in_pass_forecasts_are_said_in_the_last_copy():
     said = tile_foretold(told, 6)
     assert list(said.layers) == [1]
     np.testing.assert_array_equal(said.layers[1][0, :, 0], [0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("prefetch", ["off", "on"])
+def test_timeline_of_a_token_adds_up(prefetch, tmp_path):
+    recorded = planted.routing(seed=4)
+    told = planted.foretold(recorded, noise=0.2)
+    arm = arm_of("layer-lfu", slots=12, recorded=recorded, told=told, prefetch=prefetch)
+    schedule = Schedule(recorded, prompt_tokens=planted.PROMPT)
+    line = timeline(schedule, arm, name="one")
+    shape, times = recorded.shape, planted.TIMES
+    work = [one for one in line["events"] if one["lane"] == "processor"]
+    busy = times.begin_s + times.end_s + shape.num_moe_layers * times.layer_s
+    busy += shape.num_moe_layers * shape.top_k * times.expert_s
+    assert sum(one["seconds"] for one in work) == pytest.approx(busy)
+    assert line["seconds"] >= busy - 1e-12 and line["simulated"] is True
+    # Neither lane does two things at a time, but for copies that were overtaken.
+    for one, following in pairwise(work):
+        assert one["start_s"] + one["seconds"] <= following["start_s"] + 1e-12
+    copies = [one for one in line["events"] if one["lane"] == "link"]
+    assert copies and all(0 < one["seconds"] <= line["seconds"] + 1e-12 for one in copies)
+    if prefetch == "off":
+        copy_s = planted.CARRIAGE.latency_s + 1000 / 1e6
+        assert all(one["seconds"] == pytest.approx(copy_s) for one in copies)
+    trace = json.loads(write_trace([line], tmp_path).read_text())
+    spans = [one for one in trace["traceEvents"] if one["ph"] == "X"]
+    assert len(spans) == len(line["events"])
