@@ -29,14 +29,15 @@ class StepTimes:
     """Seconds of one decode step apart from waiting: before the first layer, per MoE layer before
     its router, per expert computed, after the last layer. A prompt takes them once, too.
 
-    Of the processor's own work on reads: per missing expert asked for, per layer in which forecasts
-    are made, per prefetch issued. Nothing where it is not known.
+    Of the processor's own work on reads: per layer that lacks an expert, per expert asked for, per
+    layer in which forecasts are made, per prefetch issued. Nothing where it is not known.
     """
 
     begin_s: float
     layer_s: float
     expert_s: float
     end_s: float
+    fetch_s: float = 0.0
     miss_s: float = 0.0
     forecast_s: float = 0.0
     issue_s: float = 0.0
@@ -192,7 +193,7 @@ class Replay:
         clock, prefetcher, times = self._clock, self._prefetcher, self._arm.times
         spend = self._spend
         foretold = self._arm.foretold
-        counters, missed = self.cache.counters, traffic.misses
+        counters, missed = self.cache.counters, traffic.misses + traffic.late_hits
         stall_s = 0.0
         prefetcher.begin_step(is_decode=step > 0)
         is_asking = foretold is not None and step > 0 and prefetcher.wants_forecasts
@@ -220,8 +221,9 @@ class Replay:
                 issued = counters.prefetch_issued
                 prefetcher.advance(step, layer_idx)
                 spend("prefetches", times.issue_s * (counters.prefetch_issued - issued))
-                spend("misses", times.miss_s * (traffic.misses - missed))
-                missed = traffic.misses
+                missing = traffic.misses + traffic.late_hits - missed
+                spend("misses", times.miss_s * missing + (times.fetch_s if missing else 0.0))
+                missed += missing
                 asked = clock.now
                 for wave in acquisition.waves():
                     stall_s += clock.now - asked
@@ -258,6 +260,7 @@ class Replay:
                 cache.foresee(forecast)
             # Reads come one after the other while what has arrived is computed.
             done_s = times.miss_s * len(missing) + times.expert_s * len(held)
+            done_s += times.fetch_s if missing else 0.0
             for index in range(1, len(missing) + 1):
                 wait_s = max(0.0, index * copy_s - done_s)
                 stall_s += wait_s

@@ -50,7 +50,7 @@ class Configuration:
 def calibrated_on(geometry: str | None) -> list[Configuration]:
     """The three: reads without and with forecasts, and large experts where there are some."""
     found = [
-        Configuration(None, "25%"),
+        Configuration(None, "50%"),
         Configuration(None, "25%", prefetch="on"),
     ]
     if geometry is not None:
@@ -63,7 +63,7 @@ def unseen(geometry: str | None) -> list[Configuration]:
     found = [
         Configuration(None, "all"),
         Configuration(None, "75%"),
-        Configuration(None, "50%"),
+        Configuration(None, "25%"),
         Configuration(None, "10%"),
         Configuration(None, "25%", eviction="lru"),
         Configuration(None, "50%", eviction="layer-lru"),
@@ -79,7 +79,7 @@ def unseen(geometry: str | None) -> list[Configuration]:
         found += [
             Configuration(geometry, "50%"),
             Configuration(geometry, "10%"),
-            Configuration(geometry, "25%", throttle_bytes_per_s=200e6),
+            Configuration(geometry, "25%", throttle_bytes_per_s=400e6),
             Configuration(geometry, "25%", prefetch="on"),
         ]
     return found

@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ...collect.schema import ExpertKey
 from ...predictors.base import Predictor
 from ...runtime.experts.layout import Extent
+from ...runtime.experts.reader import split_extents
+from ...runtime.experts.transfer import PIECE_BYTES
 from ...runtime.models import adapter
 from ...runtime.request import GenerationRequest
 from ..arm import EngineArm, FollowingSampler
@@ -33,8 +36,8 @@ class Step:
 class Observation:
     """What one configuration did: decode steps by repetition, and what was routed.
 
-    `routing` holds all router inputs where a predictor is to follow it; `make_predictor` is the
-    engine's own.
+    `routing` holds all router inputs, for a predictor to follow; `make_predictor` is the engine's
+    own. `num_pieces` is how many reads bring one expert.
     """
 
     configuration: Configuration
@@ -42,6 +45,7 @@ class Observation:
     routing: Routing
     make_predictor: Callable[[], Predictor | None]
     repetitions: list[list[Step]]
+    num_pieces: int = 1
 
     @property
     def tokens_per_second(self) -> list[float]:
@@ -83,6 +87,12 @@ class Witness(EngineArm):
         """Let reads come no faster from now on."""
         transfers = self._engine.tier.transfers
         transfers._reader = ThrottledReader(transfers._reader, bytes_per_s)  # type: ignore[assignment]
+
+    @property
+    def num_pieces(self) -> int:
+        """Reads that one expert is brought with."""
+        layout = self._engine.tier.source.layout(ExpertKey(0, 0))
+        return len(split_extents(layout.extents, PIECE_BYTES))
 
     @property
     def make_predictor(self) -> Callable[[], Predictor | None]:
@@ -193,6 +203,6 @@ def observe(
         arm.follow(passages)
         timed = [arm.follow(passages) for _ in range(repetitions)]
         make = arm.make_predictor
-        return Observation(configuration, subject, routing, make, timed)
+        return Observation(configuration, subject, routing, make, timed, arm.num_pieces)
     finally:
         arm.close()

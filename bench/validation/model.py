@@ -1,13 +1,14 @@
 """The simulator's times for this machine, from at most three configurations that were run on it.
 
-Processor: a token costs a fixed time, an asked-for miss, a layer's forecasts and an issued prefetch
-one each, and weights are read at one speed. Link: a latency and a speed. Times are fitted to single
-steps, the link by replay until it waits as long as the machine did.
+Processor: a token costs a fixed time; a layer that lacks an expert, an expert asked for, a layer's
+forecasts and an issued prefetch one each; weights are read at one speed. Link: a latency a read and
+a speed. Times are fitted to single steps, the link by replay until it waits as long as the machine.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -24,9 +25,13 @@ WARM_RUNS = 2
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at."""
+    """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at.
+
+    `latency_s` is of one read of at most a piece, of which an expert takes several.
+    """
 
     token_s: float
+    fetch_s: float
     miss_s: float
     forecast_s: float
     issue_s: float
@@ -50,36 +55,8 @@ class Simulated:
 
 def simulate(machine: Machine, seen: Observation, told: Foretold | None) -> Simulated:
     """What `machine` would do with the routing that was observed, in that configuration."""
-    subject, one = seen.subject, seen.configuration
-    layers, top_k = subject.num_moe_layers, subject.top_k
-    expert_s = subject.expert_bytes / machine.weight_bytes_per_s
-    dense_s = subject.active_bytes / machine.weight_bytes_per_s - layers * top_k * expert_s
-    link = one.throttle_bytes_per_s
-    # A throttled disk is never faster than the disk, and a piece waits for its share of time only.
-    copy_s = machine.latency_s + subject.expert_bytes / machine.link_bytes_per_s
-    if link is not None:
-        copy_s = max(copy_s, subject.expert_bytes / link)
-    arm = Arm(
-        num_slots=subject.num_slots,
-        eviction=partial(EVICTIONS[one.eviction], seen.routing.shape, subject.num_slots),
-        foretold=told,
-        prefetch=one.prefetch,  # type: ignore[arg-type]
-        carriage=Carriage(subject.expert_bytes, subject.expert_bytes / copy_s),
-        times=StepTimes(
-            begin_s=0.0,
-            layer_s=(machine.token_s + dense_s) / layers,
-            expert_s=expert_s,
-            end_s=0.0,
-            miss_s=machine.miss_s,
-            forecast_s=machine.forecast_s,
-            issue_s=machine.issue_s,
-        ),
-    )
-    prompt = int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // (
-        len(seen.routing.offsets) - 1
-    )
-    schedule = Schedule(seen.routing, prompt_tokens=prompt, has_prompts=True)
-    replay = Replay(schedule, arm)
+    schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
+    replay = Replay(schedule, _arm(machine, seen, told))
     for _ in range(WARM_RUNS):
         replay.run(range(schedule.num_sequences))
     sums = replay.run(range(schedule.num_sequences)).sum(axis=0)
@@ -91,14 +68,47 @@ def simulate(machine: Machine, seen: Observation, told: Foretold | None) -> Simu
     )
 
 
+def _arm(machine: Machine, seen: Observation, told: Foretold | None) -> Arm:
+    subject, one = seen.subject, seen.configuration
+    layers, top_k = subject.num_moe_layers, subject.top_k
+    expert_s = subject.expert_bytes / machine.weight_bytes_per_s
+    dense_s = subject.active_bytes / machine.weight_bytes_per_s - layers * top_k * expert_s
+    link = one.throttle_bytes_per_s
+    # A throttled disk is never faster than the disk, and a piece waits for its share of time only.
+    copy_s = seen.num_pieces * machine.latency_s
+    copy_s += subject.expert_bytes / machine.link_bytes_per_s
+    if link is not None:
+        copy_s = max(copy_s, subject.expert_bytes / link)
+    return Arm(
+        num_slots=subject.num_slots,
+        eviction=partial(EVICTIONS[one.eviction], seen.routing.shape, subject.num_slots),
+        foretold=told,
+        prefetch=one.prefetch,  # type: ignore[arg-type]
+        carriage=Carriage(subject.expert_bytes, subject.expert_bytes / copy_s),
+        times=StepTimes(
+            begin_s=0.0,
+            layer_s=(machine.token_s + dense_s) / layers,
+            expert_s=expert_s,
+            end_s=0.0,
+            fetch_s=machine.fetch_s,
+            miss_s=machine.miss_s,
+            forecast_s=machine.forecast_s,
+            issue_s=machine.issue_s,
+        ),
+    )
+
+
 def forecasts(seen: Observation) -> Foretold | None:
     """What the engine's predictor says along the observed routing; None where there is none."""
     if seen.configuration.prefetch == "off":
         return None
-    prompt = int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // (
-        len(seen.routing.offsets) - 1
-    )
-    return follow(seen.make_predictor, seen.routing, prompt_tokens=prompt)
+    return follow(seen.make_predictor, seen.routing, prompt_tokens=_prompt(seen))
+
+
+def _prompt(seen: Observation) -> int:
+    """Tokens of each sequence before the first that was decoded."""
+    sequences = len(seen.routing.offsets) - 1
+    return int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // sequences
 
 
 def calibrate(seen: Sequence[Observation], told: Sequence[Foretold | None]) -> Machine:
@@ -110,84 +120,128 @@ def calibrate(seen: Sequence[Observation], told: Sequence[Foretold | None]) -> M
     first = seen[0]
     large = max(seen, key=lambda one: one.subject.expert_bytes)
     ahead = next((one for one in seen if one.configuration.prefetch != "off"), None)
-    token_s, miss_s = _fit_line(first)
-    busy_first = token_s
-    weight_rate = float("inf")
+    busy_first, fetch_s, miss_s = _fit_steps(first)
+    token_s, weight_rate = busy_first, float("inf")
+    machine = Machine(busy_first, fetch_s, miss_s, 0.0, 0.0, weight_rate, 0.0, float("inf"))
     if large is not first:
         more = large.subject.active_bytes - first.subject.active_bytes
-        busy_large = _busy_s(large) - miss_s * _mean(large, "misses")
+        busy_large = _busy_s(large) - _reading_s(machine, large)
         weight_rate = more / max(busy_large - busy_first, 1e-9)
-        token_s = busy_first - first.subject.active_bytes / weight_rate
-    machine = Machine(max(token_s, 0.0), miss_s, 0.0, 0.0, weight_rate, 0.0, float("inf"))
+        token_s = max(0.0, busy_first - first.subject.active_bytes / weight_rate)
+        machine = _with(machine, token_s=token_s, weight_bytes_per_s=weight_rate)
     if ahead is not None:
-        extra = _busy_s(ahead) - busy_first - miss_s * _mean(ahead, "misses")
-        layers = ahead.subject.num_moe_layers
+        extra = _busy_s(ahead) - busy_first - _reading_s(machine, ahead)
         issued = _mean(ahead, "issued")
-        issue_s = min(miss_s, extra / issued if issued else 0.0)
-        forecast_s = max(0.0, extra - issue_s * issued) / layers
-        machine = _with(machine, forecast_s=forecast_s, issue_s=max(issue_s, 0.0))
-    latency_s = _solve(
-        lambda value: simulate(_with(machine, latency_s=value), first, told[0]).stall_s,
-        wanted=_mean(first, "stall_s"),
-    )
-    machine = _with(machine, latency_s=latency_s)
-    if large is not first:
-        place = list(seen).index(large)
-        # Of the large copy's time, what is not latency is the link's.
-        total_s = _solve(
-            lambda value: simulate(_with(machine, latency_s=value), large, told[place]).stall_s,
-            wanted=_mean(large, "stall_s"),
-        )
-        more_bytes = large.subject.expert_bytes - first.subject.expert_bytes
-        rate = more_bytes / max(total_s - latency_s, 1e-9)
-        machine = _with(
-            machine,
-            link_bytes_per_s=rate,
-            latency_s=max(0.0, latency_s - first.subject.expert_bytes / rate),
-        )
-    return machine
+        # A prefetch is asked for as a miss is; what is left belongs to the forecasts.
+        issue_s = max(0.0, min(miss_s, extra / issued if issued else 0.0))
+        forecast_s = max(0.0, extra - issue_s * issued) / ahead.subject.num_moe_layers
+        machine = _with(machine, forecast_s=forecast_s, issue_s=issue_s)
+    copy_s = _copy_s(machine, first, told[0])
+    if large is first:
+        return _with(machine, latency_s=copy_s / first.num_pieces)
+    large_s = _copy_s(machine, large, told[list(seen).index(large)])
+    # copy = pieces x latency + bytes / speed, twice.
+    pieces = np.array([[first.num_pieces, first.subject.expert_bytes],
+                       [large.num_pieces, large.subject.expert_bytes]], dtype=float)  # fmt: skip
+    latency_s, byte_s = np.linalg.solve(pieces, np.array([copy_s, large_s]))
+    if byte_s <= 0.0 or latency_s < 0.0:
+        latency_s, byte_s = 0.0, large_s / large.subject.expert_bytes
+    return _with(machine, latency_s=float(latency_s), link_bytes_per_s=float(1.0 / byte_s))
+
+
+def _copy_s(machine: Machine, seen: Observation, told: Foretold | None) -> float:
+    """Time of one copy at which the replay waits as long as the machine did."""
+    wanted = _mean(seen, "stall_s")
+
+    def stall_s(copy_s: float) -> float:
+        slow = _with(machine, latency_s=copy_s / seen.num_pieces, link_bytes_per_s=float("inf"))
+        return simulate(slow, seen, told).stall_s
+
+    low, high = 0.0, 1e-4
+    while stall_s(high) < wanted and high < 100.0:
+        low, high = high, 2.0 * high
+    for _ in range(14):
+        middle = (low + high) / 2.0
+        low, high = (middle, high) if stall_s(middle) < wanted else (low, middle)
+    return (low + high) / 2.0
+
+
+def _reading_s(machine: Machine, seen: Observation) -> float:
+    """Busy seconds a token that go to asking for experts."""
+    if seen.configuration.prefetch == "off":
+        lacking, misses = lacking_layers(seen).mean(axis=0)
+    else:
+        layers, misses = seen.subject.num_moe_layers, _mean(seen, "misses")
+        # As if misses fell on layers by chance: which they fell on was not written down.
+        lacking = layers * (1.0 - (1.0 - 1.0 / layers) ** misses)
+    return machine.fetch_s * lacking + machine.miss_s * misses
 
 
 def _with(machine: Machine, **fields: float) -> Machine:
     return Machine(**(machine.as_dict() | fields))
 
 
-def _steps(seen: Observation) -> np.ndarray:
-    """[steps, 3] of busy seconds, misses and issued prefetches, without outliers."""
-    table = np.array(
-        [
-            (one.wall_s - one.stall_s, one.misses, one.issued)
-            for steps in seen.repetitions
-            for one in steps
-        ]
-    )
-    return table[table[:, 0] <= np.quantile(table[:, 0], 0.98)]
-
-
 def _busy_s(seen: Observation) -> float:
-    return float(_steps(seen)[:, 0].mean())
+    return float(_busy(seen).mean())
+
+
+def _busy(seen: Observation) -> np.ndarray:
+    """Seconds that each step did not wait, the median of its repetitions."""
+    return np.median(
+        [[one.wall_s - one.stall_s for one in steps] for steps in seen.repetitions], axis=0
+    )
 
 
 def _mean(seen: Observation, field: str) -> float:
     return float(np.mean([getattr(one, field) for steps in seen.repetitions for one in steps]))
 
 
-def _fit_line(seen: Observation) -> tuple[float, float]:
-    """Fixed seconds of a step, and seconds a miss, of the busy time."""
-    table = _steps(seen)
-    matrix = np.stack([np.ones(len(table)), table[:, 1]], axis=1)
-    fixed, slope = np.linalg.lstsq(matrix, table[:, 0], rcond=None)[0]
-    if slope < 0.0:
-        return float(table[:, 0].mean()), 0.0
-    return float(fixed), float(slope)
+class _LackingLayers(Replay):
+    """Counts, per decode step, the layers that lacked an expert and the experts they lacked."""
+
+    def __init__(self, schedule: Schedule, arm: Arm) -> None:
+        super().__init__(schedule, arm)
+        self.steps: list[tuple[int, int]] = []
+        self._fetches = 0
+
+    def _on_demand(self, layers: Any, **given: Any) -> float:
+        self._fetches = 0
+        misses = given["traffic"].misses
+        stall_s = super()._on_demand(layers, **given)
+        if given["step"]:
+            self.steps.append((self._fetches, given["traffic"].misses - misses))
+        return stall_s
+
+    def _fetch(self, held: Any, missing: Any) -> None:
+        self._fetches += 1
+        super()._fetch(held, missing)
 
 
-def _solve(stall_s: Callable[[float], float], *, wanted: float) -> float:
-    """The copy time at which the replay waits as long as wanted; it grows with it."""
-    low, high = 0.0, 1e-4
-    while stall_s(high) < wanted and high < 100.0:
-        low, high = high, 2.0 * high
-    for _ in range(24):
-        middle = (low + high) / 2.0
-        low, high = (middle, high) if stall_s(middle) < wanted else (low, middle)
-    return (low + high) / 2.0
+def lacking_layers(seen: Observation) -> np.ndarray:
+    """[steps, 2]: layers that lacked an expert and experts they lacked, read on demand, warm."""
+    blank = Machine(0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), 0.0, 1e12)
+    schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
+    replay = _LackingLayers(schedule, _arm(blank, seen, None))
+    for _ in range(WARM_RUNS + 1):
+        replay.steps.clear()
+        replay.run(range(schedule.num_sequences))
+    return np.array(replay.steps, dtype=float)
+
+
+def _fit_steps(seen: Observation) -> tuple[float, float, float]:
+    """Fixed seconds of a step, and seconds a lacking layer and a miss, of the busy time.
+
+    None is below 0: where least squares would have it so, that term is left out.
+    """
+    counts = lacking_layers(seen)
+    table = np.column_stack([np.ones(len(counts)), counts])
+    busy = _busy(seen)
+    kept = busy <= np.quantile(busy, 0.98)
+    columns = [0, 1, 2]
+    while True:
+        found = np.linalg.lstsq(table[kept][:, columns], busy[kept], rcond=None)[0]
+        negative = [one for one, value in zip(columns, found, strict=True) if value < 0.0]
+        if not negative:
+            times = dict(zip(columns, found, strict=True))
+            return tuple(float(times.get(one, 0.0)) for one in range(3))  # type: ignore[return-value]
+        columns.remove(max(negative))

@@ -151,7 +151,7 @@ def test_short_way_equals_the_executors_way(seed, slots, policy, has_prompts):
     recorded = planted.routing(seed=seed)
     told = planted.foretold(recorded, noise=0.3, seed=seed) if policy == "forecast" else None
     arm = arm_of(policy, slots=slots, recorded=recorded, told=told,
-                 times=replace(planted.TIMES, miss_s=2e-4))  # fmt: skip
+                 times=replace(planted.TIMES, miss_s=2e-4, fetch_s=3e-4))  # fmt: skip
     _, short = table(recorded, arm, has_prompts=has_prompts)
 
     class Long(Replay):

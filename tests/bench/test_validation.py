@@ -5,7 +5,6 @@ import threading
 import time
 from dataclasses import replace
 
-import numpy as np
 import planted_routing as planted
 import pytest
 
@@ -14,14 +13,14 @@ from outrider.bench.arm import EngineArm
 from outrider.bench.records import Subject
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
 from outrider.bench.validation.machine import Observation, Step, ThrottledReader, observe
-from outrider.bench.validation.model import Machine, calibrate, simulate
+from outrider.bench.validation.model import Machine, calibrate, lacking_layers, simulate
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts
 from outrider.runtime.errors import UsageError
 from outrider.runtime.experts.layout import Extent
 
 TRUE = Machine(
-    token_s=4e-3, miss_s=6e-5, forecast_s=1e-4, issue_s=3e-5, weight_bytes_per_s=12e9,
+    token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, forecast_s=1e-4, issue_s=3e-5, weight_bytes_per_s=12e9,
     latency_s=2e-4, link_bytes_per_s=9e8,
 )  # fmt: skip
 LENGTH, SEQUENCES = 40, 4
@@ -45,16 +44,23 @@ def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed
     blank = Step(0.0, 0.0, 0, 0)
     steps = [[blank] * (SEQUENCES * (LENGTH - planted.PROMPT))]
     seen = Observation(
-        configuration, subject_of(expert_bytes, slots, routing), routing, lambda: None, steps
-    )
+        configuration, subject_of(expert_bytes, slots, routing), routing, lambda: None, steps,
+        num_pieces=-(-expert_bytes // (1 << 20)),
+    )  # fmt: skip
     found = simulate(TRUE, seen, None)
-    generator = np.random.default_rng(seed)
     weights_s = seen.subject.active_bytes / TRUE.weight_bytes_per_s
-    misses = generator.poisson(found.misses, len(steps[0]))
-    misses = misses + 0.0 - misses.mean() + found.misses
     observed = [
-        Step(TRUE.token_s + weights_s + TRUE.miss_s * m + found.stall_s, found.stall_s, m, 0)
-        for m in misses
+        Step(
+            TRUE.token_s
+            + weights_s
+            + TRUE.fetch_s * lacking
+            + TRUE.miss_s * misses
+            + found.stall_s,
+            found.stall_s,
+            int(misses),
+            0,
+        )
+        for lacking, misses in lacking_layers(seen)
     ]
     return replace(seen, repetitions=[observed]), found
 
@@ -63,7 +69,14 @@ def test_a_machine_is_found_again_from_what_it_did():
     small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
     large, _ = made_up(Configuration("geometry", "25%"), slots=12, expert_bytes=4_000_000)
     machine = calibrate([small, large], [None, None])
-    for name in ("token_s", "miss_s", "weight_bytes_per_s", "latency_s", "link_bytes_per_s"):
+    for name in (
+        "token_s",
+        "fetch_s",
+        "miss_s",
+        "weight_bytes_per_s",
+        "latency_s",
+        "link_bytes_per_s",
+    ):
         assert getattr(machine, name) == pytest.approx(getattr(TRUE, name), rel=0.05), name
     for slots in (6, 20, 36):
         for size in (70_000, 4_000_000):
