@@ -78,6 +78,14 @@ def run_arm(spec: ArmSpec, workspace: str, folder: str | None) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def prepared(spec: ArmSpec, workspace: str, folder: str | None) -> tuple[Schedule, Arm]:
+    """What `run_arm` would replay, for whoever wants to watch; not for Belady."""
+    schedule = _schedule(workspace, spec.prompt_tokens, spec.num_layers, spec.has_prompts)
+    foretold = None if folder is None else _foretold(folder, spec.num_layers, schedule.shape)
+    eviction = partial(EVICTIONS[spec.policy], schedule.shape, spec.num_slots)
+    return schedule, _arm(spec, eviction, foretold)
+
+
 def save_foretold(name: str, source: "Source", folder: str) -> None:
     """Let a predictor follow the sequences and keep what it says in `folder`."""
     # Brings torch, which arms do without.

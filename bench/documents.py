@@ -240,6 +240,24 @@ class PredictionRow(Stamped, kw_only=True):
     parameters: int
 
 
+class TimelineEvent(msgspec.Struct, kw_only=True):
+    """What one lane did for so long."""
+
+    lane: Literal["processor", "link"]
+    name: str
+    start_s: float
+    seconds: float
+
+
+class Timeline(msgspec.Struct, kw_only=True):
+    """One token of a replay in time."""
+
+    arm: str
+    simulated: Literal[True]
+    seconds: float
+    events: list[TimelineEvent]
+
+
 class _Document(msgspec.Struct, kw_only=True):
     environment: Surroundings
 
@@ -260,6 +278,7 @@ class Simulate(_Document, kw_only=True):
     settings: dict[str, Any]
     fit: FitRow
     rows: list[SimulatedRow]
+    timelines: list[Timeline]
 
 
 class Fits(_Document, kw_only=True):

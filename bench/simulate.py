@@ -3,17 +3,19 @@
 Recorded routing is laid over the target's layers by `tiling.RULE` where its shape is another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .arms import BELADY, ArmSpec, prepared
 from .environment import environment
 from .fit import CONTEXT_TOKENS, Fit
 from .foretold import load_foretold
 from .hit_rate import (
+    ORACLE,
     HitRateOptions,
     Progress,
     check,
@@ -26,6 +28,7 @@ from .hit_rate import (
 from .hit_rows import RowMaker
 from .routing import Routing
 from .tiling import RULE
+from .timeline import timeline
 
 LRU = ("lru", "layer-lru")
 AUTO = "auto"
@@ -72,6 +75,7 @@ def bench_simulate(options: SimulateOptions, *, progress: Progress) -> dict[str,
             [(arm, tables[arm]) for arm in arms],
             {name: load_foretold(Path(one)) for name, one in folders.items()},
         )
+        lines = timelines(arms, folder, folders)
     return {
         "bench": "simulate",
         "simulated": True,
@@ -84,7 +88,33 @@ def bench_simulate(options: SimulateOptions, *, progress: Progress) -> dict[str,
         },
         "fit": fit.as_dict(),
         "rows": with_roofline(rows, fit, shown=asked.policies),
+        "timelines": lines,
     }
+
+
+def timelines(
+    arms: Sequence[ArmSpec], folder: Path, folders: Mapping[str, str]
+) -> list[dict[str, Any]]:
+    """One token of the first budget, read on demand and read ahead; see `timeline`."""
+    first = arms[0]
+    chosen = [
+        next((one for one in arms if wanted(one) and one.budget == first.budget), None)
+        for wanted in (
+            lambda one: one.is_demand_only and one.predictor == "none" and one.policy != BELADY,
+            lambda one: not one.is_demand_only and one.predictor not in ("random", ORACLE),
+        )
+    ]
+    return [
+        timeline(*prepared(one, str(folder), folders.get(one.predictor)), name=_title(one))
+        for one in chosen
+        if one is not None
+    ]
+
+
+def _title(arm: ArmSpec) -> str:
+    predictor = Path(arm.predictor).name
+    told = "on demand" if predictor == "none" else f"ahead by {predictor}"
+    return f"{arm.policy}, {told}, {arm.budget}"
 
 
 def with_roofline(

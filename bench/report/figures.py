@@ -40,7 +40,38 @@ def _curves(document: Mapping[str, Any]) -> dict[str, Any]:
 def _curves_and_roofline(document: Mapping[str, Any]) -> dict[str, Any]:
     budgets = {row["budget"] for row in document["rows"]}
     curves = _curves(document) if len(budgets) > 1 else {}
-    return curves | roofline(document["rows"], what="simulated")
+    return curves | roofline(document["rows"], what="simulated") | _timelines(document)
+
+
+def _timelines(document: Mapping[str, Any]) -> dict[str, Any]:
+    """A strip an arm: what the processor did above, what the link carried below."""
+    lines = document["timelines"]
+    if not lines:
+        return {}
+    figure = _figure(9.0, 0.9 + 1.5 * len(lines))
+    longest = 1000.0 * max(line["seconds"] for line in lines)
+    for number, line in enumerate(lines, start=1):
+        axes = figure.add_subplot(len(lines), 1, number)
+        for place, lane, colours in (
+            (1, "processor", {"layer": _PALETTE[7], "experts": _PALETTE[0]}),
+            (0, "link", {"on-demand": _PALETTE[1], "prefetch": _PALETTE[2]}),
+        ):
+            for kind, colour in colours.items():
+                spans = [
+                    (1000.0 * one["start_s"], 1000.0 * one["seconds"])
+                    for one in line["events"]
+                    if one["lane"] == lane and one["name"].split(" ")[0] == kind
+                ]
+                axes.broken_barh(
+                    spans, (place - 0.38, 0.76), facecolors=colour, edgecolor="white",
+                    linewidth=0.2, label=kind,
+                )  # fmt: skip
+        axes.set_yticks([1, 0], ["device", "link"])
+        axes.set_xlim(0.0, longest)
+        axes.set_title(f"{line['arm']}: {1000 * line['seconds']:.1f} ms", fontsize=9, loc="left")
+        axes.legend(fontsize=7, ncols=4, loc="upper right", bbox_to_anchor=(1.0, 1.22))
+    figure.get_axes()[-1].set_xlabel("ms from the token's start, simulated")
+    return {"One token in time, simulated": figure}
 
 
 def _roofline_only(document: Mapping[str, Any]) -> dict[str, Any]:

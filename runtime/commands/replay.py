@@ -187,6 +187,10 @@ def simulate(
     eviction: Eviction = None,
     seed: Seed = 0,
     workers: Workers = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="folder for one token in time, as Chrome trace events (Perfetto)"),
+    ] = None,
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
@@ -242,6 +246,8 @@ def simulate(
             document = module.bench_simulate(asked, progress=progress)
     if plot is not None:
         _module("curves").plot_hit_rates(document, plot)
+    if profile is not None:
+        _module("timeline").write_trace(document["timelines"], profile)
     if json:
         print_json(document)
         return

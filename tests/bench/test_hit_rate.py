@@ -324,6 +324,8 @@ def test_command_lines(drift, tmp_path):
     found = run("simulate", str(drift.folder), "--device", "laptop-8gb", *common)
     assert found.exit_code == 0, found.output
     assert documents.check(json.loads(found.stdout.splitlines()[-1]), source="cli") == "simulate"
+    lines = json.loads(found.stdout.splitlines()[-1])["timelines"]
+    assert len(lines) == 1 and lines[0]["seconds"] > 0.0
     shown = run("simulate", str(drift.folder), "--device", "laptop-8gb", *common[:-1])
     assert "SIMULATED" in shown.stdout and "NVIDIA RTX 4060" in shown.stdout
     fits = run("simulate", "--fit", "qwen3-30b-a3b")
