@@ -48,11 +48,8 @@ class Configuration:
 
 
 def calibrated_on(geometry: str | None) -> list[Configuration]:
-    """The three: reads without and with forecasts, and large experts where there are some."""
-    found = [
-        Configuration(None, "50%"),
-        Configuration(None, "25%", prefetch="on"),
-    ]
+    """The three: reads on demand, none at all, and large experts where there are some."""
+    found = [Configuration(None, "50%"), Configuration(None, "all")]
     if geometry is not None:
         found.append(Configuration(geometry, "25%"))
     return found
@@ -61,7 +58,6 @@ def calibrated_on(geometry: str | None) -> list[Configuration]:
 def unseen(geometry: str | None) -> list[Configuration]:
     """Other budgets, policies, formats and disks, with and without forecasts."""
     found = [
-        Configuration(None, "all"),
         Configuration(None, "75%"),
         Configuration(None, "25%"),
         Configuration(None, "10%"),
@@ -72,6 +68,7 @@ def unseen(geometry: str | None) -> list[Configuration]:
         Configuration(None, "25%", throttle_bytes_per_s=50e6),
         Configuration(None, "50%", throttle_bytes_per_s=50e6),
         Configuration(None, "50%", prefetch="on"),
+        Configuration(None, "25%", prefetch="on"),
         Configuration(None, "10%", prefetch="on"),
         Configuration(None, "25%", prefetch="on", throttle_bytes_per_s=100e6),
     ]

@@ -1,12 +1,14 @@
 """The simulator's times for this machine, from at most three configurations that were run on it.
 
-Processor: a token costs a fixed time; a layer that lacks an expert, an expert asked for, a layer's
-forecasts and an issued prefetch one each; weights are read at one speed. Link: a latency a read and
-a speed. Times are fitted to single steps, the link by replay until it waits as long as the machine.
+Processor: a token costs a fixed time; a layer that lacks an expert and a read asked for one each;
+weights are read at one speed. Link: a latency a read and a speed. Times are fitted to single steps,
+the link by replay until it waits as long as the machine. What forecasts and their prefetches cost
+is not calibrated by a run: predictor and prefetcher run in the replay too, and are timed there.
 """
 
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -27,14 +29,12 @@ WARM_RUNS = 2
 class Machine:
     """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at.
 
-    `latency_s` is of one read of at most a piece, of which an expert takes several.
+    `latency_s` and `miss_s` are of one read of at most a piece, of which an expert takes several.
     """
 
     token_s: float
     fetch_s: float
     miss_s: float
-    forecast_s: float
-    issue_s: float
     weight_bytes_per_s: float
     latency_s: float
     link_bytes_per_s: float
@@ -53,7 +53,15 @@ class Simulated:
     misses: float
 
 
-def simulate(machine: Machine, seen: Observation, told: Foretold | None) -> Simulated:
+@dataclass(frozen=True, slots=True)
+class Told:
+    """What a predictor said along an observation, and processor seconds a layer that it took."""
+
+    foretold: Foretold
+    seconds: float
+
+
+def simulate(machine: Machine, seen: Observation, told: Told | None) -> Simulated:
     """What `machine` would do with the routing that was observed, in that configuration."""
     schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
     replay = Replay(schedule, _arm(machine, seen, told))
@@ -68,7 +76,7 @@ def simulate(machine: Machine, seen: Observation, told: Foretold | None) -> Simu
     )
 
 
-def _arm(machine: Machine, seen: Observation, told: Foretold | None) -> Arm:
+def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
     subject, one = seen.subject, seen.configuration
     layers, top_k = subject.num_moe_layers, subject.top_k
     expert_s = subject.expert_bytes / machine.weight_bytes_per_s
@@ -82,7 +90,7 @@ def _arm(machine: Machine, seen: Observation, told: Foretold | None) -> Arm:
     return Arm(
         num_slots=subject.num_slots,
         eviction=partial(EVICTIONS[one.eviction], seen.routing.shape, subject.num_slots),
-        foretold=told,
+        foretold=None if told is None else told.foretold,
         prefetch=one.prefetch,  # type: ignore[arg-type]
         carriage=Carriage(subject.expert_bytes, subject.expert_bytes / copy_s),
         times=StepTimes(
@@ -91,18 +99,44 @@ def _arm(machine: Machine, seen: Observation, told: Foretold | None) -> Arm:
             expert_s=expert_s,
             end_s=0.0,
             fetch_s=machine.fetch_s,
-            miss_s=machine.miss_s,
-            forecast_s=machine.forecast_s,
-            issue_s=machine.issue_s,
+            miss_s=machine.miss_s * seen.num_pieces,
+            forecast_s=0.0 if told is None else told.seconds,
         ),
     )
 
 
-def forecasts(seen: Observation) -> Foretold | None:
-    """What the engine's predictor says along the observed routing; None where there is none."""
+def forecasts(seen: Observation) -> Told | None:
+    """What the engine's predictor says along the observed routing; None where there is none.
+
+    Its time is that of the predictor and of the prefetcher's decisions, on this processor, now.
+    """
     if seen.configuration.prefetch == "off":
         return None
-    return follow(seen.make_predictor, seen.routing, prompt_tokens=_prompt(seen))
+    prompt = _prompt(seen)
+    layers, sequences = seen.subject.num_moe_layers, len(seen.routing.offsets) - 1
+    began = time.process_time()
+    foretold = follow(seen.make_predictor, seen.routing, prompt_tokens=prompt)
+    decoded = (seen.routing.num_tokens - prompt * sequences) * layers
+    predicting_s = (time.process_time() - began) / decoded
+    told = Told(foretold, predicting_s)
+    blank = Machine(1e-2, 0.0, 0.0, float("inf"), 0.0, 1e12)
+    ahead = _arm(blank, seen, told)
+    schedule = Schedule(seen.routing, prompt_tokens=prompt, has_prompts=True)
+    taken_s = []
+    for arm in (ahead, replace(ahead, foretold=None, prefetch="off")):
+        replay = _ExecutorsWay(schedule, arm)
+        replay.run(range(sequences))
+        began = time.process_time()
+        replay.run(range(sequences))
+        taken_s.append(time.process_time() - began)
+    return Told(foretold, predicting_s + max(0.0, taken_s[0] - taken_s[1]) / decoded)
+
+
+class _ExecutorsWay(Replay):
+    """As the executor goes about it, also where nothing is read ahead."""
+
+    def _on_demand(self, layers: Any, **given: Any) -> float:
+        return self._reading_ahead(layers, **given)
 
 
 def _prompt(seen: Observation) -> int:
@@ -111,51 +145,43 @@ def _prompt(seen: Observation) -> int:
     return int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // sequences
 
 
-def calibrate(seen: Sequence[Observation], told: Sequence[Foretold | None]) -> Machine:
+def calibrate(seen: Sequence[Observation]) -> Machine:
     """A machine that does in the observed configurations what was observed.
 
-    The first must read on demand; one that forecasts and one of much larger experts make the rest
-    known, which is else taken for nothing, or for the first's.
+    The first reads on demand. One that misses nothing fixes a token's own time; one of much larger
+    experts the speeds of weights and link, which are else taken for unlimited.
     """
     first = seen[0]
     large = max(seen, key=lambda one: one.subject.expert_bytes)
-    ahead = next((one for one in seen if one.configuration.prefetch != "off"), None)
-    busy_first, fetch_s, miss_s = _fit_steps(first)
-    token_s, weight_rate = busy_first, float("inf")
-    machine = Machine(busy_first, fetch_s, miss_s, 0.0, 0.0, weight_rate, 0.0, float("inf"))
+    resident = next((one for one in seen if not _mean(one, "misses")), None)
+    fixed_s = None if resident is None else _busy_s(resident)
+    fixed_s, fetch_s, miss_s = _fit_steps(first, fixed_s=fixed_s)
+    machine = Machine(fixed_s, fetch_s, miss_s, float("inf"), 0.0, float("inf"))
     if large is not first:
         more = large.subject.active_bytes - first.subject.active_bytes
-        busy_large = _busy_s(large) - _reading_s(machine, large)
-        weight_rate = more / max(busy_large - busy_first, 1e-9)
-        token_s = max(0.0, busy_first - first.subject.active_bytes / weight_rate)
-        machine = _with(machine, token_s=token_s, weight_bytes_per_s=weight_rate)
-    if ahead is not None:
-        extra = _busy_s(ahead) - busy_first - _reading_s(machine, ahead)
-        issued = _mean(ahead, "issued")
-        # A prefetch is asked for as a miss is; what is left belongs to the forecasts.
-        issue_s = max(0.0, min(miss_s, extra / issued if issued else 0.0))
-        forecast_s = max(0.0, extra - issue_s * issued) / ahead.subject.num_moe_layers
-        machine = _with(machine, forecast_s=forecast_s, issue_s=issue_s)
-    copy_s = _copy_s(machine, first, told[0])
+        rate = more / max(_busy_s(large) - _reading_s(machine, large) - fixed_s, 1e-9)
+        token_s = max(0.0, fixed_s - first.subject.active_bytes / rate)
+        machine = replace(machine, token_s=token_s, weight_bytes_per_s=rate)
+    copy_s = _copy_s(machine, first)
     if large is first:
-        return _with(machine, latency_s=copy_s / first.num_pieces)
-    large_s = _copy_s(machine, large, told[list(seen).index(large)])
+        return replace(machine, latency_s=copy_s / first.num_pieces)
+    large_s = _copy_s(machine, large)
     # copy = pieces x latency + bytes / speed, twice.
     pieces = np.array([[first.num_pieces, first.subject.expert_bytes],
                        [large.num_pieces, large.subject.expert_bytes]], dtype=float)  # fmt: skip
     latency_s, byte_s = np.linalg.solve(pieces, np.array([copy_s, large_s]))
     if byte_s <= 0.0 or latency_s < 0.0:
         latency_s, byte_s = 0.0, large_s / large.subject.expert_bytes
-    return _with(machine, latency_s=float(latency_s), link_bytes_per_s=float(1.0 / byte_s))
+    return replace(machine, latency_s=float(latency_s), link_bytes_per_s=float(1.0 / byte_s))
 
 
-def _copy_s(machine: Machine, seen: Observation, told: Foretold | None) -> float:
+def _copy_s(machine: Machine, seen: Observation) -> float:
     """Time of one copy at which the replay waits as long as the machine did."""
     wanted = _mean(seen, "stall_s")
 
     def stall_s(copy_s: float) -> float:
-        slow = _with(machine, latency_s=copy_s / seen.num_pieces, link_bytes_per_s=float("inf"))
-        return simulate(slow, seen, told).stall_s
+        slow = replace(machine, latency_s=copy_s / seen.num_pieces, link_bytes_per_s=float("inf"))
+        return simulate(slow, seen, None).stall_s
 
     low, high = 0.0, 1e-4
     while stall_s(high) < wanted and high < 100.0:
@@ -167,18 +193,9 @@ def _copy_s(machine: Machine, seen: Observation, told: Foretold | None) -> float
 
 
 def _reading_s(machine: Machine, seen: Observation) -> float:
-    """Busy seconds a token that go to asking for experts."""
-    if seen.configuration.prefetch == "off":
-        lacking, misses = lacking_layers(seen).mean(axis=0)
-    else:
-        layers, misses = seen.subject.num_moe_layers, _mean(seen, "misses")
-        # As if misses fell on layers by chance: which they fell on was not written down.
-        lacking = layers * (1.0 - (1.0 - 1.0 / layers) ** misses)
-    return machine.fetch_s * lacking + machine.miss_s * misses
-
-
-def _with(machine: Machine, **fields: float) -> Machine:
-    return Machine(**(machine.as_dict() | fields))
+    """Busy seconds a token that go to asking for experts, on demand."""
+    lacking, misses = lacking_layers(seen).mean(axis=0)
+    return machine.fetch_s * lacking + machine.miss_s * misses * seen.num_pieces
 
 
 def _busy_s(seen: Observation) -> float:
@@ -219,7 +236,7 @@ class _LackingLayers(Replay):
 
 def lacking_layers(seen: Observation) -> np.ndarray:
     """[steps, 2]: layers that lacked an expert and experts they lacked, read on demand, warm."""
-    blank = Machine(0.0, 0.0, 0.0, 0.0, 0.0, float("inf"), 0.0, 1e12)
+    blank = Machine(0.0, 0.0, 0.0, float("inf"), 0.0, 1e12)
     schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
     replay = _LackingLayers(schedule, _arm(blank, seen, None))
     for _ in range(WARM_RUNS + 1):
@@ -228,20 +245,21 @@ def lacking_layers(seen: Observation) -> np.ndarray:
     return np.array(replay.steps, dtype=float)
 
 
-def _fit_steps(seen: Observation) -> tuple[float, float, float]:
-    """Fixed seconds of a step, and seconds a lacking layer and a miss, of the busy time.
+def _fit_steps(seen: Observation, *, fixed_s: float | None) -> tuple[float, float, float]:
+    """Fixed seconds of a step, and seconds a lacking layer and a read, of the busy time.
 
     None is below 0: where least squares would have it so, that term is left out.
     """
     counts = lacking_layers(seen)
-    table = np.column_stack([np.ones(len(counts)), counts])
+    table = np.column_stack([np.ones(len(counts)), counts[:, 0], counts[:, 1] * seen.num_pieces])
     busy = _busy(seen)
     kept = busy <= np.quantile(busy, 0.98)
-    columns = [0, 1, 2]
+    known = fixed_s or 0.0
+    columns = [0, 1, 2] if fixed_s is None else [1, 2]
     while True:
-        found = np.linalg.lstsq(table[kept][:, columns], busy[kept], rcond=None)[0]
+        found = np.linalg.lstsq(table[kept][:, columns], busy[kept] - known, rcond=None)[0]
         negative = [one for one, value in zip(columns, found, strict=True) if value < 0.0]
         if not negative:
-            times = dict(zip(columns, found, strict=True))
-            return tuple(float(times.get(one, 0.0)) for one in range(3))  # type: ignore[return-value]
+            times = {0: known} | dict(zip(columns, map(float, found), strict=True))
+            return times[0], times.get(1, 0.0), times.get(2, 0.0)
         columns.remove(max(negative))

@@ -20,8 +20,8 @@ from outrider.runtime.errors import UsageError
 from outrider.runtime.experts.layout import Extent
 
 TRUE = Machine(
-    token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, forecast_s=1e-4, issue_s=3e-5, weight_bytes_per_s=12e9,
-    latency_s=2e-4, link_bytes_per_s=9e8,
+    token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, weight_bytes_per_s=12e9, latency_s=2e-4,
+    link_bytes_per_s=9e8,
 )  # fmt: skip
 LENGTH, SEQUENCES = 40, 4
 
@@ -54,7 +54,7 @@ def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed
             TRUE.token_s
             + weights_s
             + TRUE.fetch_s * lacking
-            + TRUE.miss_s * misses
+            + TRUE.miss_s * misses * seen.num_pieces
             + found.stall_s,
             found.stall_s,
             int(misses),
@@ -68,7 +68,7 @@ def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed
 def test_a_machine_is_found_again_from_what_it_did():
     small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
     large, _ = made_up(Configuration("geometry", "25%"), slots=12, expert_bytes=4_000_000)
-    machine = calibrate([small, large], [None, None])
+    machine = calibrate([small, large])
     for name in (
         "token_s",
         "fetch_s",
