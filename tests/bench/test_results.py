@@ -6,6 +6,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from bench_tables import rewritten
 from typer.testing import CliRunner
 
 from outrider.bench import documents
@@ -200,3 +201,19 @@ def test_structs_and_rows_agree_on_optional_fields():
     for kind in KINDS.values():
         assert issubclass(kind, msgspec.Struct)
         assert "rows" in kind.__struct_fields__
+
+
+def test_tables_of_a_page_are_renewed_between_their_marks(transfers, fits, tmp_path):
+    saved(tmp_path, "fit.json", fits)
+    page = (
+        "before\n<!-- bench: fit -->\nold\n<!-- end of bench: fit -->\n"
+        "<!-- bench: transfer -->\nkept\n<!-- end of bench: transfer -->\nafter\n"
+    )
+    new, done = rewritten(page, tmp_path)
+    assert done == ["fit"] and "old" not in new and "kept" in new
+    assert new.startswith("before\n") and new.endswith("after\n")
+    assert "**Simulated**" in new and "NVIDIA RTX 3090" in new
+    assert rewritten(new, tmp_path)[0] == new
+    saved(tmp_path, "fit.json", transfers)
+    with pytest.raises(SystemExit, match="not fit"):
+        rewritten(page, tmp_path)
