@@ -1,7 +1,7 @@
 """The simulator's times for this machine, from at most three configurations that were run on it.
 
-Processor: a token costs a fixed time; a layer that lacks an expert and a read asked for one each;
-weights are read at one speed. Link: a latency a read and a speed. Times are fitted to single steps,
+Processor: a token costs a fixed time; a layer that lacks an expert and an expert asked for one each,
+for this token or ahead; weights are read at one speed. Link: a latency a read and a speed. Times are fitted to single steps,
 the link by replay until it waits as long as the machine. What forecasts and their prefetches cost
 is not calibrated by a run: predictor and prefetcher run in the replay too, and are timed there.
 """
@@ -29,7 +29,7 @@ WARM_RUNS = 2
 class Machine:
     """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at.
 
-    `latency_s` and `miss_s` are of one read of at most a piece, of which an expert takes several.
+    `latency_s` is of one read of at most a piece, of which an expert takes several.
     """
 
     token_s: float
@@ -99,7 +99,9 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
             expert_s=expert_s,
             end_s=0.0,
             fetch_s=machine.fetch_s,
-            miss_s=machine.miss_s * seen.num_pieces,
+            miss_s=machine.miss_s,
+            # Asked for, written down and woken up for as a miss is.
+            issue_s=machine.miss_s,
             forecast_s=0.0 if told is None else told.seconds,
         ),
     )
@@ -195,7 +197,7 @@ def _copy_s(machine: Machine, seen: Observation) -> float:
 def _reading_s(machine: Machine, seen: Observation) -> float:
     """Busy seconds a token that go to asking for experts, on demand."""
     lacking, misses = lacking_layers(seen).mean(axis=0)
-    return machine.fetch_s * lacking + machine.miss_s * misses * seen.num_pieces
+    return machine.fetch_s * lacking + machine.miss_s * misses
 
 
 def _busy_s(seen: Observation) -> float:
@@ -246,12 +248,12 @@ def lacking_layers(seen: Observation) -> np.ndarray:
 
 
 def _fit_steps(seen: Observation, *, fixed_s: float | None) -> tuple[float, float, float]:
-    """Fixed seconds of a step, and seconds a lacking layer and a read, of the busy time.
+    """Fixed seconds of a step, and seconds a lacking layer and a miss, of the busy time.
 
     None is below 0: where least squares would have it so, that term is left out.
     """
     counts = lacking_layers(seen)
-    table = np.column_stack([np.ones(len(counts)), counts[:, 0], counts[:, 1] * seen.num_pieces])
+    table = np.column_stack([np.ones(len(counts)), counts])
     busy = _busy(seen)
     kept = busy <= np.quantile(busy, 0.98)
     known = fixed_s or 0.0

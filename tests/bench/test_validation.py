@@ -54,7 +54,7 @@ def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed
             TRUE.token_s
             + weights_s
             + TRUE.fetch_s * lacking
-            + TRUE.miss_s * misses * seen.num_pieces
+            + TRUE.miss_s * misses
             + found.stall_s,
             found.stall_s,
             int(misses),
