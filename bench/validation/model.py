@@ -1,9 +1,9 @@
 """The simulator's times for this machine, from at most three configurations that were run on it.
 
-Processor: a token costs a fixed time; a layer that lacks an expert and an expert asked for one each,
-for this token or ahead; weights are read at one speed. Link: a latency a read and a speed. Times are fitted to single steps,
-the link by replay until it waits as long as the machine. What forecasts and their prefetches cost
-is not calibrated by a run: predictor and prefetcher run in the replay too, and are timed there.
+Processor: a token costs a fixed time; a layer that lacks an expert and an expert asked for, now or
+ahead, one each; weights are read at one speed. Link: a latency a read and a speed. Times are fitted
+to single steps, the link by replay until it waits as long as the machine. What forecasts cost is
+not calibrated by a run: predictor and prefetcher run in the replay too, and are timed there.
 """
 
 import time
