@@ -66,7 +66,7 @@ def bench_simulate(options: SimulateOptions, *, progress: Progress) -> dict[str,
     around = environment()
     routing = asked.source.read()
     num_layers = _tiled(routing, options)
-    with workspace(asked.workers) as (folder, pool):
+    with workspace(asked.workers, asked.cluster, asked.scratch) as (folder, pool):
         routing.save(folder / "routing.npz")
         folders = foretell_all(wanted, folder, pool=pool, progress=progress)
         arms = choose_arms(wanted, routing, num_layers=num_layers)

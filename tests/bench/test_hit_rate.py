@@ -44,7 +44,7 @@ def drift(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_process(monkeypatch, tmp_path):
     @contextmanager
-    def workspace(workers):
+    def workspace(workers, cluster=None, scratch=None):
         folder = tmp_path / "workspace"
         folder.mkdir()
         yield folder, InlinePool()
@@ -78,7 +78,7 @@ def document(drift, tmp_path_factory):
     patch = pytest.MonkeyPatch()
 
     @contextmanager
-    def workspace(workers):
+    def workspace(workers, cluster=None, scratch=None):
         yield tmp_path_factory.mktemp("workspace"), InlinePool()
 
     patch.setattr(hit_rate, "workspace", workspace)

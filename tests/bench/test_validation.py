@@ -34,7 +34,7 @@ def subject_of(expert_bytes: int, slots: int, routing) -> Subject:
         predictor="none", prefetch="off", eviction="layer-lfu",
         num_moe_layers=shape.num_moe_layers, num_experts=shape.num_experts, top_k=shape.top_k,
         num_slots=slots, budget_bytes=slots * expert_bytes, expert_bytes=expert_bytes,
-        active_bytes=2 * routed, num_threads=1, load_s=0.0, files=[],
+        active_bytes=2 * routed, dense_bytes=routed, num_threads=1, load_s=0.0, files=[],
     )  # fmt: skip
 
 
