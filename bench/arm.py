@@ -302,7 +302,9 @@ def _dense_bytes_per_token(engine: Engine) -> int:
     model = engine.loaded.model
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
     table = inputs.weight
-    if outputs is not None and outputs.weight.data_ptr() == table.data_ptr():
+    # A quantised head has no weight to ask for, and is never the embedding.
+    is_plain = isinstance(outputs, torch.nn.Linear)
+    if is_plain and outputs.weight.data_ptr() == table.data_ptr():
         return engine.loaded.dense_bytes
     row_bytes = table.shape[1] * table.element_size()
     return engine.loaded.dense_bytes - table.numel() * table.element_size() + row_bytes

@@ -124,6 +124,16 @@ def test_active_bytes_are_what_one_token_reads(tiny: Path) -> None:
     assert 0 <= subject.active_bytes - (4 * weights + 2 * 3 * expert) <= rotary_frequencies
 
 
+def test_active_bytes_are_known_with_a_quantised_head(tiny: Path) -> None:
+    options = {"expert_memory": "all", "prefetch": "off"}
+    sizes = []
+    for dense_format in ("same", "int8"):
+        arm = EngineArm(model=str(tiny), options={**options, "dense_format": dense_format})
+        sizes.append(arm.load().dense_bytes)
+        arm.close()
+    assert sizes[1] < sizes[0] / 2
+
+
 def test_cold_runs_begin_with_empty_slots_and_warm_ones_do_not(
     tiny: Path, in_process: None
 ) -> None:
