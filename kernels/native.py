@@ -5,6 +5,7 @@ the threads. Calls release the GIL and block until done.
 """
 
 import ctypes
+import logging
 from collections.abc import Mapping
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -17,6 +18,8 @@ from torch import Tensor
 from .activation import ACTIVATIONS
 from .quantization import FORMATS, GROUP_SIZE
 from .weights import ExpertWeights
+
+logger = logging.getLogger(__name__)
 
 _FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
 DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -97,14 +100,25 @@ def library() -> ctypes.CDLL | None:
         lib = load(path)
     except OSError:
         return None
+    except AttributeError as error:  # ctypes' word for a call that a library has not
+        logger.warning(
+            "%s was built from other sources (%s), so PyTorch computes, slower; install again",
+            path.name,
+            error,
+        )
+        return None
     borrow_threads(lib)
     return lib
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """Load a build of `csrc` and declare its calls. Raises OSError as the loader does."""
+    """Load a build of `csrc` and declare its calls.
+
+    Raises OSError as the loader does, AttributeError where the build lacks one of the calls.
+    """
     lib = ctypes.CDLL(str(path))
     pointer, wide, narrow = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    real = ctypes.c_float
     lib.outrider_expert_outputs.argtypes = [pointer, pointer, narrow]
     lib.outrider_linear.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
     lib.outrider_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, narrow, pointer]
@@ -114,6 +128,11 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_use_fork.restype = None
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
+    lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, narrow, pointer]
+    lib.outrider_attend.argtypes = [pointer] * 6 + [wide, wide, narrow]
+    lib.outrider_gated_mlp.argtypes = [pointer, pointer, pointer, narrow]
+    lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, narrow]
+    lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     return lib
 
 

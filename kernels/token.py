@@ -8,7 +8,6 @@ where the native library is missing, `is_available` says so and a model's own mo
 import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -246,14 +245,7 @@ def _matrix(projection: Projection) -> Matrix:
     )
 
 
-@cache
 def _library() -> ctypes.CDLL:
     lib = native.library()
     assert lib is not None, "asked for without is_available"
-    pointer, wide, narrow, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
-    lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, narrow, pointer]
-    lib.outrider_attend.argtypes = [pointer] * 6 + [wide, wide, narrow]
-    lib.outrider_gated_mlp.argtypes = [pointer, pointer, pointer, narrow]
-    lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, narrow]
-    lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     return lib

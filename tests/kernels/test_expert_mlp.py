@@ -155,10 +155,3 @@ def test_combine_bits_do_not_depend_on_the_order_of_the_router() -> None:
     first = combine(outputs, weights, ids)
     second = combine(outputs[:, shuffle], weights[:, shuffle], ids[:, shuffle])
     assert torch.equal(first, second)
-
-
-def test_native_code_is_what_is_tested_where_a_compiler_was() -> None:
-    if native.library_path() is None:
-        pytest.skip("no native library was built here, so `cpu` is PyTorch")
-    assert native.is_available()
-    assert native.isa() in native.ISAS
