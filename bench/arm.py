@@ -26,7 +26,7 @@ from ..runtime.models.loading import resolve_folder
 from ..runtime.request import GenerationRequest
 from ..runtime.sampler import SampledToken, Sampler, SamplerState
 from ..runtime.stats import ExpertTraffic
-from ..runtime.tier import build_tier
+from ..runtime.tier import build_tier, module_arithmetic
 from .bandwidth import drop_page_cache
 from .records import Measurement, Passage, Recording, Subject
 from .roofline import Pass
@@ -57,6 +57,7 @@ class EngineArm:
     """outrider's engine. `is_filled`: every expert is read before anything is timed, and stays.
 
     `is_foretold`: its predictor is the oracle, told what `record` wrote down of each passage.
+    `is_eager`: experts are PyTorch's products, one expert after the other, not the kernels'.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class EngineArm:
         store: str | None = None,
         is_filled: bool = False,
         is_foretold: bool = False,
+        is_eager: bool = False,
     ) -> None:
         self._model = model
         self._config = EngineConfig(**options)
         self._store = None if store is None else Path(store)
         self._is_filled = is_filled
         self._is_foretold = is_foretold
+        self._is_eager = is_eager
         self._foretold: dict[str, list[Pass]] = {}
         self._opened: Engine | None = None
 
@@ -86,6 +89,12 @@ class EngineArm:
         self._opened = Engine.from_config(self._config, model=self._model, store=self._store)
         if self._is_filled:
             _fill(self._engine)
+        if self._is_eager:
+            assert self._is_filled, "a tier that is built anew would compute by the kernels again"
+            tier = self._engine.tier
+            tier.executor.arithmetic = module_arithmetic(
+                self._engine.loaded, tier.source, tier.arena
+            )
         engine, loaded, source = self._engine, self._engine.loaded, self._engine.tier.source
         shape = source.shape
         expert_bytes = source.layout(ExpertKey(0, 0)).bytes_read

@@ -172,7 +172,9 @@ class _Bench:
             if arm.is_resident:
                 kept[name] = worker
 
-        arms = {name: lineup.arm(name, budget, self.options) for name in names}
+        # The first is what the others are held to, so those that round otherwise come later.
+        ordered = sorted(names, key=lineup.rounds_otherwise)
+        arms = {name: lineup.arm(name, budget, self.options) for name in ordered}
         for name, arm in arms.items():
             if name in kept:
                 self._arms[name] = kept[name]
@@ -184,7 +186,9 @@ class _Bench:
             if worker not in self._subjects:
                 self._subjects[worker] = worker.answer(Subject)
                 self._check_tokens(name, worker)
-        like = self._subjects[next(reversed(self._arms.values()))]
+        like = self._subjects[
+            self._arms[max(self._arms, key=lambda name: not arms[name].is_resident)]
+        ]
         limit = self._limits[budget] = self._limit(like)
         for name, fence in fences.items():
             self._limited(name, fence, limit)
@@ -250,7 +254,7 @@ class _Bench:
     def _compare(self, name: str, token_ids: list[list[int]]) -> None:
         assert self._reference is not None
         reference, recording = self._reference
-        if lineup.is_external(name):
+        if lineup.rounds_otherwise(name):
             pairs = zip(chain(*token_ids), chain(*recording.token_ids), strict=True)
             same = [found == expected for found, expected in pairs]
             self._agreement[name] = agreement = sum(same) / len(same)

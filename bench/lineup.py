@@ -9,12 +9,17 @@ from ..runtime.errors import UsageError
 from .records import External, Subject
 
 LLAMA_RESIDENT = "llama.cpp-resident"
-NAMES = ("resident", "on-demand", "prefetch", "oracle", "accelerate", "llama.cpp", LLAMA_RESIDENT)
+NAMES = (
+    "resident", "eager", "on-demand", "prefetch", "oracle", "accelerate", "llama.cpp",
+    LLAMA_RESIDENT,
+)  # fmt: skip
 # `prefetch:statistics` is prefetching with that predictor.
 _WITH_PREDICTOR = "prefetch:"
 _EXTERNAL = frozenset({"accelerate", "llama.cpp", LLAMA_RESIDENT})
+# Sums in another order, so that in bf16 a near-tie may go the other way.
+_OTHERWISE_ROUNDED = _EXTERNAL | {"eager"}
 # The same whatever the budget, and outside of every limit.
-_RESIDENT = frozenset({"resident", LLAMA_RESIDENT})
+_RESIDENT = frozenset({"resident", "eager", LLAMA_RESIDENT})
 # What transformers needs beside its weights, and twice the largest layer that it brings back.
 _TRANSFORMERS_BYTES = 1 << 30
 _LEAST_BYTES = 256 << 20
@@ -47,9 +52,9 @@ class Arm:
     is_resident: bool = False
 
 
-def is_external(name: str) -> bool:
-    """Whether the arm is another system, whose tokens need not be the same."""
-    return name in _EXTERNAL
+def rounds_otherwise(name: str) -> bool:
+    """Whether the arm's arithmetic is another, so that its tokens need not all be the same."""
+    return name in _OTHERWISE_ROUNDED
 
 
 def is_resident(name: str) -> bool:
@@ -65,8 +70,10 @@ def check(names: Sequence[str], *, has_llama: bool) -> None:
             f"arms: {', '.join(unknown) or 'none'}; known ones: {', '.join(NAMES)} and "
             f"{_WITH_PREDICTOR}PREDICTOR"
         )
-    if all(is_external(name) for name in names):
-        raise UsageError("arms: at least one of outrider's own, whose tokens others are held to")
+    if all(rounds_otherwise(name) for name in names):
+        raise UsageError(
+            "arms: at least one of outrider's own by its kernels, to whose tokens others are held"
+        )
     if not has_llama and any(name.startswith("llama.cpp") for name in names):
         raise UsageError(
             "arms: llama.cpp needs --llama-python, a Python that has llama-cpp-python, and "
@@ -90,9 +97,9 @@ def arm(name: str, budget: str, options: Options) -> Arm:
         return Arm("llama.cpp", arguments, is_external=True, is_resident=name == LLAMA_RESIDENT)
     config = {**options.engine, "expert_memory": budget}
     more: dict[str, Any] = {}
-    if name == "resident":
+    if name in ("resident", "eager"):
         config |= {"expert_memory": "all", "prefetch": "off"}
-        more = {"is_filled": True}
+        more = {"is_filled": True, "is_eager": name == "eager"}
     elif name == "on-demand":
         config |= {"prefetch": "off"}
     elif name == "oracle":
@@ -101,7 +108,7 @@ def arm(name: str, budget: str, options: Options) -> Arm:
     elif name.startswith(_WITH_PREDICTOR):
         config |= {"predictor": _predictor(name)}
     arguments = {"model": options.model, "store": options.store, "options": config, **more}
-    return Arm("engine", arguments, is_resident=name == "resident")
+    return Arm("engine", arguments, is_resident=name in _RESIDENT)
 
 
 def external_arguments(arm: Arm, like: Subject, limit: int | None) -> dict[str, Any]:

@@ -62,7 +62,7 @@ class ExpertExecutor:
         self.cache = cache
         self.prefetcher = prefetcher
         self._transfers = transfers
-        self._arithmetic = arithmetic
+        self.arithmetic = arithmetic
         self._block_bytes = block_bytes
         self._host_misses = host_misses
         self._observers: list[Observer] = []
@@ -193,7 +193,7 @@ class ExpertExecutor:
                     combined = self._token_sum(wave, hidden_states, rows, topk_weights)
                     if combined is not None:
                         continue
-                self._arithmetic.outputs(
+                self.arithmetic.outputs(
                     module,
                     hidden_states,
                     slots=[slot for _, slot in wave],
@@ -233,7 +233,7 @@ class ExpertExecutor:
             return None
         weights = topk_weights[0].float().tolist()
         in_order = sorted(wave)
-        return self._arithmetic.token_sum(
+        return self.arithmetic.token_sum(
             hidden_states,
             slots=[slot for _, slot in in_order],
             topk_weights=[weights[rows[key.expert_idx][0]] for key, _ in in_order],

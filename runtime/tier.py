@@ -256,11 +256,23 @@ def _num_slots(loaded: LoadedModel, config: EngineConfig, source: ExpertSource) 
     return num_slots
 
 
-def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> ExpertArithmetic:
-    experts = loaded.layers[0].experts
+def module_arithmetic(
+    loaded: LoadedModel, source: ExpertSource, arena: SlotArena
+) -> ModuleArithmetic:
+    """Experts as PyTorch computes them, one after the other: for families that kernels do not
+    serve, and to hold the kernels against."""
+    return ModuleArithmetic(arena, fmt=source.format, is_transposed=_is_transposed(loaded, source))
+
+
+def _is_transposed(loaded: LoadedModel, source: ExpertSource) -> bool:
     # A packed store holds every projection as [out, in]; a checkpoint as its family has it.
     is_packed = getattr(source, "index", None) is not None
-    is_transposed = experts.is_transposed and not is_packed
+    return loaded.layers[0].experts.is_transposed and not is_packed
+
+
+def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> ExpertArithmetic:
+    experts = loaded.layers[0].experts
+    is_transposed = _is_transposed(loaded, source)
     activation = adapter.activation(loaded.layers[0])
     impl = "cpu" if arena.device.type == "cpu" else "triton"
     if activation is not None and supports(
@@ -281,7 +293,7 @@ def _arithmetic(loaded: LoadedModel, source: ExpertSource, arena: SlotArena) -> 
             is_concatenated=experts.is_concatenated,
         )
         return KernelArithmetic(weights, impl=impl)
-    return ModuleArithmetic(arena, fmt=source.format, is_transposed=is_transposed)
+    return module_arithmetic(loaded, source, arena)
 
 
 def plain_format(dtype: torch.dtype) -> str:

@@ -39,7 +39,7 @@ def decode(
     arms: Annotated[
         str,
         typer.Option(
-            help="with commas: resident, on-demand, prefetch, prefetch:PREDICTOR, oracle, "
+            help="with commas: resident, eager, on-demand, prefetch, prefetch:PREDICTOR, oracle, "
             "accelerate, llama.cpp, llama.cpp-resident"
         ),
     ] = "resident,on-demand,prefetch",
@@ -284,9 +284,13 @@ def _print_decode(document: dict[str, Any]) -> None:
         console.print(table)
     first = rows[0]
     counts = sorted({row["repetitions"] for row in rows})
+    others = {row["arm"]: row["token_agreement"] for row in rows if row["token_agreement"] < 1.0}
+    same = "All arms chose the same tokens" + "".join(
+        f", but {arm} {100 * (1 - share):.1f} % others" for arm, share in others.items()
+    )
     typer.echo(
         f"{first['model']}, experts in {first['format']}, {first['device']}, "
-        f"threads {first['threads']}. All arms chose the same tokens. Medians of "
+        f"threads {first['threads']}. {same}. Medians of "
         f"{' or '.join(map(str, counts))} runs with {100 * first['spread']['confidence']:.0f} % "
         f"intervals; ratio to {first['ratio']['to']}, run by run."
     )

@@ -18,6 +18,7 @@ from outrider.bench.worker import Worker, WorkerError, _error
 from outrider.bench.workload import built_in_texts, make_passages, read_texts
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
+from outrider.runtime.experts.arithmetic import ModuleArithmetic
 
 ROW_FIELDS = [
     "arm", "format", "budget", "tokens_per_second", "spread", "ttft_s", "bytes_per_token",
@@ -107,6 +108,29 @@ def test_rows_carry_the_promised_fields_and_add_up(tiny: Path, in_process: None)
         if row["arm"] == "on-demand":
             assert row["ratio"]["median"] == 1.0 and traffic["prefetch_issued"] == 0
     assert seen[-1][1] == seen[-1][2]
+
+
+def test_eager_experts_are_held_to_the_kernels_whatever_the_order(
+    tiny: Path, in_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    honest = ModuleArithmetic.outputs
+
+    def outputs(self: ModuleArithmetic, *arguments: Any, **named: Any) -> None:
+        computed.append(len(named["slots"]))
+        honest(self, *arguments, **named)
+
+    monkeypatch.setattr(ModuleArithmetic, "outputs", outputs)
+    wanted = options(tiny, arms=("eager", "on-demand", "resident"), is_cold=False)
+    rows = {row["arm"]: row for row in bench_decode(wanted)["rows"]}
+    assert computed, "eager experts went through PyTorch"
+    assert list(rows) == ["eager", "on-demand", "resident"]
+    assert rows["eager"]["hit_rate"] == 1.0 and rows["eager"]["token_agreement"] == 1.0
+    assert rows["on-demand"]["slots"] == 6
+
+    monkeypatch.setattr(ModuleArithmetic, "outputs", lambda self, *_, **named: named["out"].zero_())
+    with pytest.raises(MismatchError, match="agrees with 'on-demand'"):
+        bench_decode(wanted)
 
 
 def test_active_bytes_are_what_one_token_reads(tiny: Path) -> None:
