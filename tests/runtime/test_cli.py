@@ -78,6 +78,7 @@ TRAFFIC = {
     "host_computed",
     "prefetch_issued",
     "prefetch_used",
+    "prefetch_used_next",
     "prefetch_wasted",
     "prefetch_cancelled",
     "bytes_on_demand",

@@ -2,11 +2,9 @@
 
 import random
 from itertools import pairwise
-from statistics import median
+from statistics import fmean
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from outrider.runtime.experts.controller import FIRST_PAUSE, FIRST_STEPS, GainController
 
@@ -53,17 +51,18 @@ def test_look_ahead_that_costs_is_found_out_at_little_cost(on_s: float, seed: in
     assert any(course.reaches), "it was tried"
 
 
-@settings(max_examples=30, deadline=None)
-@given(gain=st.sampled_from([-0.2, -0.05, 0.0, 0.1, 0.25]), seed=st.integers(0, 1000))
-def test_on_a_noisy_machine_it_is_never_much_behind_the_better_of_both(gain, seed):
+@pytest.mark.parametrize("gain", [-0.2, -0.05, 0.0, 0.1, 0.25])
+def test_on_a_noisy_machine_it_is_never_much_behind_the_better_of_both(gain: float) -> None:
+    """A single course may be unlucky, so many: they fix the mean to a quarter of a percent."""
     ratios = []
-    for offset in range(5):
-        course = Course(seed=seed + offset, noise=0.2)
+    for seed in range(120):
+        course = Course(seed=seed, noise=0.2)
         course.run(1500, on_s=1.0 - gain, off_s=1.0)
-        best = Course(seed=seed + offset, noise=0.2)
-        best.run(1500, on_s=1.0, off_s=1.0)
-        ratios.append(best.wall_s / course.wall_s)
-    assert median(ratios) > 0.98
+        off = Course(seed=seed, noise=0.2)
+        off.run(1500, on_s=1.0, off_s=1.0)
+        ratios.append(off.wall_s / course.wall_s)
+    assert fmean(ratios) > (1.0 + 0.8 * gain if gain > 0.0 else 0.985)
+    assert min(ratios) > 0.95
 
 
 def test_where_nothing_stalls_nothing_is_tried() -> None:
