@@ -131,6 +131,11 @@ class DecodeRow(Stamped, kw_only=True):
     rss_peak_bytes: int
     cache: Literal["warm", "cold"]
     repetitions: int
+    token_agreement: float
+    memory_limit_bytes: int | None
+    memory_fence: str
+    link_limit_bytes_per_s: int | None
+    storage_bytes_per_token: float
     model: str
     fingerprint: str
     device: str

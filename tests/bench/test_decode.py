@@ -11,6 +11,7 @@ from families import make_checkpoint
 from typer.testing import CliRunner
 
 from outrider.bench import decode as bench
+from outrider.bench import documents
 from outrider.bench.arm import EngineArm
 from outrider.bench.decode import DecodeOptions, MismatchError, bench_decode
 from outrider.bench.records import Bandwidths, External, Measurement, Passage, Recording
@@ -88,7 +89,7 @@ def test_rows_carry_the_promised_fields_and_add_up(tiny: Path, in_process: None)
         for cache in ("warm", "cold")
         for arm in ("resident", "on-demand", "prefetch")
     ]
-    json.dumps(document)
+    assert documents.check(json.loads(json.dumps(document)), source="here") == "decode"
     for row in rows:
         assert list(row)[: len(ROW_FIELDS)] == ROW_FIELDS
         assert all(field in row for field in DOUBT_FIELDS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from outrider.bench import kernel_cases, kernels
+from outrider.bench import documents, kernel_cases, kernels
 from outrider.bench.expert_case import ExpertCase, relative_error
 from outrider.bench.kernels import KernelOptions, bench_kernels, wrong_rows
 from outrider.bench.stopwatch import Clock, Stint, interleave
@@ -31,6 +31,10 @@ def _silent(what: str, done: int, total: int) -> None:
 @pytest.fixture(scope="module")
 def document():
     return bench_kernels(SMALL, progress=_silent)
+
+
+def test_document_is_what_its_schema_says(document):
+    assert documents.check(json.loads(json.dumps(document)), source="here") == "kernels"
 
 
 def test_rows_carry_what_the_interface_promises_and_are_right(document):

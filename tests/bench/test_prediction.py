@@ -9,6 +9,7 @@ import pytest
 from drift_traces import SHAPE, WINDOW, split_of_document, write_drift_traces
 from typer.testing import CliRunner
 
+from outrider.bench import documents
 from outrider.bench.prediction import candidates
 from outrider.bench.prediction.evaluate import EvaluateOptions, evaluate
 from outrider.bench.prediction.misses import missed_look_ups
@@ -176,6 +177,10 @@ def test_statistics_have_no_skill_over_themselves(document):
     first, second = rows_of(document, "statistics")
     assert (first["brier_skill"], second["brier_skill"]) == (0.0, 0.0)
     assert first["recall_at_k"] > rows_of(document, "frequent")[0]["recall_at_k"] + 0.1
+
+
+def test_document_is_what_its_schema_says(document):
+    assert documents.check(json.loads(json.dumps(document)), source="here") == "evaluate"
 
 
 def test_rows_have_every_promised_field(document):
