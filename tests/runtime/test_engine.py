@@ -328,7 +328,7 @@ def test_a_closed_engine_refuses(models):
 
 @pytest.mark.parametrize("at", range(0, 30, 4))
 def test_an_interrupt_anywhere_leaves_the_engine_usable(engine, expected, at):
-    arithmetic = engine.tier.executor._arithmetic
+    arithmetic = engine.tier.executor.arithmetic
     outputs, calls = arithmetic.outputs, []
 
     def interrupted(*arguments, **options):

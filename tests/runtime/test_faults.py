@@ -213,7 +213,7 @@ def test_fault_33_memory_that_runs_out_in_a_pass_ends_its_requests_only(
     models: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with models.engine(FAMILY, num_slots=9) as engine:
-        outputs, failures = engine.tier.executor._arithmetic.outputs, []
+        outputs, failures = engine.tier.executor.arithmetic.outputs, []
 
         def full(*arguments: Any, **options: Any) -> None:
             if not failures:
@@ -221,7 +221,7 @@ def test_fault_33_memory_that_runs_out_in_a_pass_ends_its_requests_only(
                 raise torch.OutOfMemoryError("CUDA out of memory")
             outputs(*arguments, **options)
 
-        monkeypatch.setattr(engine.tier.executor._arithmetic, "outputs", full)
+        monkeypatch.setattr(engine.tier.executor.arithmetic, "outputs", full)
         with pytest.raises(InsufficientMemoryError, match="out of memory"):
             tokens_of(engine)
         engine.tier.executor.cache.check()

@@ -139,7 +139,7 @@ def test_cpu_and_link_are_given_work_that_ends_together() -> None:
 
 def test_fault_35_a_lost_device_ends_the_engine(models: Any) -> None:
     with models.engine(FAMILY, num_slots=9) as engine:
-        outputs = engine.tier.executor._arithmetic
+        outputs = engine.tier.executor.arithmetic
         calls: list[int] = []
 
         def broken(*arguments: Any, **options: Any) -> Any:

@@ -74,7 +74,7 @@ def test_loads_true_layout(models, family):
         (result,) = engine.generate(PROMPT, SamplingParams(max_tokens=2, temperature=0.0))
         assert not engine.loaded.unused_tensors
         assert isinstance(engine.tier.source, CheckpointExperts)
-        arithmetic = engine.tier.executor._arithmetic
+        arithmetic = engine.tier.executor.arithmetic
     assert len(result.token_ids) == 2
     # gpt_oss clamps its activation in a way of its own; all others are served by the kernels.
     expected = ModuleArithmetic if family == "gpt_oss" else KernelArithmetic
