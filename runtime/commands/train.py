@@ -129,7 +129,7 @@ def _draw(out: Path) -> Path | None:
     try:
         return draw_curves(Journal(out, resume=True).lines(), out)
     except ModuleNotFoundError:
-        stderr_console().print("no curves drawn: pip install 'outrider[plots]'")
+        stderr_console().print("no curves drawn: pip install 'outrider[plots]'", markup=False)
         return None
 
 
