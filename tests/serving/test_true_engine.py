@@ -149,7 +149,10 @@ def test_the_documented_client_works_as_it_stands(server):
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 20 and "length" in done.stderr
+    options = ["--prompt", "The film was", "--max-tokens", "32", "--temperature", "0", "--json"]
+    answer = json.loads(outrider("ask", "--connect", server.address, *options).stdout)
+    assert done.stdout == answer["text"] + "\n" and answer["text"]
+    assert answer["finish_reason"] in done.stderr
 
 
 def test_sigterm_under_load_drains_and_the_log_says_so(server):
