@@ -29,13 +29,15 @@ def collect(
     settings: CollectSettings,
     model_name: str,
     model_format: str,
+    kernels: str = "torch",
     resume: bool = False,
     progress: Callable[[Progress], None] | None = None,
 ) -> CollectReport:
     """Collect into `out` until every planned trace is in a finished shard; blocks until then.
 
     With `resume`, batch size, threads and shard size come from the folder's manifest, and what is
-    already finished is not run again; the rows are those of an uninterrupted run. Every error
+    already finished is not run again; the rows are those of an uninterrupted run. `kernels` names
+    what computes the model's passes, and a resume with others is refused. Every error
     leaves the finished shards in place. Raises NoRoutersError, CorpusError, ResumeError,
     DirectoryInUseError, OutOfSpaceError, OutOfMemoryError.
     """
@@ -48,7 +50,9 @@ def collect(
         context_tokens=settings.context_tokens,
         seed=settings.seed,
     )
-    facts = describe_model(model, routers, shape=shape, name=model_name, format=model_format)
+    facts = describe_model(
+        model, routers, shape=shape, name=model_name, format=model_format, kernels=kernels
+    )
     with (
         open_collection(
             facts,

@@ -28,7 +28,8 @@ from .trace.manifest import DatasetEntry, Manifest
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
     """What a collection records of its model. `routers` is the file of the routers' own tensors,
-    `state_bytes` the size of one number of a hidden state, `software` a version by package.
+    `state_bytes` the size of one number of a hidden state, `software` a version by package,
+    `kernels` what computes its passes.
     """
 
     name: str
@@ -42,6 +43,7 @@ class ModelFacts:
     scoring: str
     routers: bytes
     software: dict[str, str]
+    kernels: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +57,7 @@ class ShardTask:
 
 
 def describe_model(
-    model: Any, routers: RouterSet, *, shape: ModelShape, name: str, format: str
+    model: Any, routers: RouterSet, *, shape: ModelShape, name: str, format: str, kernels: str
 ) -> ModelFacts:
     """The facts of a ready model. Asks its device for its memory."""
     device = model_device(model)
@@ -72,6 +74,7 @@ def describe_model(
         scoring=routers.scoring,
         routers=safetensors_bytes(*routers.tensors()),
         software=software_versions(),
+        kernels=kernels,
     )
 
 
@@ -116,6 +119,7 @@ def plan_manifest(
         hidden_layers=hidden,
         datasets=tuple(entries),
         software=facts.software | {"device": facts.memory.name},
+        kernels=facts.kernels,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 

@@ -19,6 +19,7 @@ from typing import Any, Self
 import torch
 
 from ..collect.schema import ModelShape
+from ..kernels import native
 from .config import EngineConfig
 from .engine import DTYPES
 from .errors import UsageError
@@ -37,6 +38,7 @@ Progress = Callable[[str, int, int], None]
 class TracedModel:
     """A model whose forward pass runs, its tokenizer, and the format its experts are held in.
 
+    `kernels` names what computes its passes: an instruction set of the native kernels, or "torch".
     A context manager: leaving it stops what reads experts and frees their memory.
     """
 
@@ -46,6 +48,7 @@ class TracedModel:
     format: str
     name: str
     resources: ExitStack
+    kernels: str = "torch"
 
     def __enter__(self) -> Self:
         return self
@@ -152,7 +155,13 @@ def _cached(
     # Called after a failed pass as well, so that its look-ups are not counted with the next one's.
     decoder.register_forward_hook(lambda *_: _end(executor), always_call=True)
     return TracedModel(
-        loaded.model, load_tokenizer(loaded.folder), loaded.shape, source.format, name, resources
+        loaded.model,
+        load_tokenizer(loaded.folder),
+        loaded.shape,
+        source.format,
+        name,
+        resources,
+        native.isa(),
     )
 
 

@@ -57,6 +57,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `scoring` says what `router_log_probs` are the logarithm of: "softmax" of the router's logits,
     or "sigmoid" scores divided by their sum. `hidden_layers` are Mixture-of-Experts layers.
+    `kernels` names what computed the passes (an instruction set, or "torch"): near ties may fall
+    otherwise with others. Empty in folders begun before it was recorded.
     """
 
     schema_version: int
@@ -77,6 +79,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     datasets: tuple[DatasetEntry, ...]
     software: dict[str, str]
     created: str
+    kernels: str = ""
     complete: bool = False
     shards: tuple[ShardEntry, ...] = ()
 
@@ -114,7 +117,7 @@ def refuse_differences(begun: Manifest, asked: Manifest, directory: Path) -> Non
     differences = []
     for name in Manifest.__struct_fields__:
         old, new = getattr(begun, name), getattr(asked, name)
-        if name in _FREE_TO_DIFFER or old == new:
+        if name in _FREE_TO_DIFFER or old == new or (name == "kernels" and not old):
             continue
         if name == "datasets":
             differences += _dataset_differences(old, new)

@@ -274,6 +274,7 @@ def _here(
                 settings=settings,
                 model_name=traced.name,
                 model_format=traced.format,
+                kernels=traced.kernels,
                 resume=resume,
                 progress=tell,
             )

@@ -64,13 +64,18 @@ class ShardWorker:
             max_memory=source.max_memory,
             store=source.store,
         )
-        self._hold(self._traced.model, self._traced.shape, self._traced.name, self._traced.format)
+        traced = self._traced
+        self._hold(traced.model, traced.shape, traced.name, traced.format, traced.kernels)
 
-    def _hold(self, model: Any, shape: ModelShape, name: str, format: str) -> None:
+    def _hold(
+        self, model: Any, shape: ModelShape, name: str, format: str, kernels: str = "torch"
+    ) -> None:
         self._model = model
         self._routers = find_routers(model)
         self._routers.check(shape)
-        facts = describe_model(model, self._routers, shape=shape, name=name, format=format)
+        facts = describe_model(
+            model, self._routers, shape=shape, name=name, format=format, kernels=kernels
+        )
         self.facts = replace(facts, software=facts.software | _process_versions(facts.device))
         self._manifest = b""
         self._runner: ShardRunner | None = None
@@ -208,7 +213,7 @@ def refuse_differences(first: ModelFacts, other: ModelFacts) -> None:
     Two cards of different name may round differently: that is logged, not refused.
     """
     differences = []
-    for name in ("shape", "format", "dtype", "device", "threads", "scoring"):
+    for name in ("shape", "format", "dtype", "device", "threads", "scoring", "kernels"):
         mine, theirs = getattr(first, name), getattr(other, name)
         if mine != theirs:
             differences.append(f"{name}: {mine}, {theirs}")

@@ -33,6 +33,7 @@ def run(toy, tmp_path):
         options = {
             "resume": changes.pop("resume", False),
             "progress": changes.pop("progress", None),
+            "kernels": changes.pop("kernels", "torch"),
         }
         settings = {
             "traces": 50,
@@ -271,6 +272,7 @@ def test_resume_refuses_what_would_not_continue(run, toy):
         ({"context_tokens": 20}, "context_tokens: 24, now 20"),
         ({"hidden_states": "none"}, r"hidden_layers: \(1, 2\), now \(\)"),
         ({"model": toy.ToyMoe().double()}, "dtype: 'float32', now 'float64'"),
+        ({"kernels": "avx2"}, "kernels: 'torch', now 'avx2'"),
     ):
         with pytest.raises(ResumeError, match=named):
             run(resume=True, **change)

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 from outrider.collect import TraceReader
 from outrider.collect.devices import DeviceMemory
 from outrider.collect.trace import read_manifest
+from outrider.kernels import native
 from outrider.runtime.advice import advise_collection
 from outrider.runtime.cli import app
 from outrider.runtime.config import EngineConfig
@@ -135,6 +136,15 @@ def test_resume_finishes_and_takes_dtype_and_threads_from_the_folder(
         assert mine.read_bytes() == other.read_bytes()
     refused = outrider(*words, "--context-tokens", 16, "--out", tmp_path / "T", "--resume", code=3)
     assert "context_tokens: 24, now 16" in refused.output
+    # Other kernels may decide near ties otherwise, so a resume must not mix them.
+    described = json.loads(manifest.read_text())
+    assert described["kernels"] == native.isa()
+    manifest.write_text(json.dumps(described | {"kernels": "another"}))
+    words = (*words, "--context-tokens", 24, "--out", tmp_path / "T", "--resume")
+    assert f"kernels: 'another', now '{native.isa()}'" in outrider(*words, code=3).output
+    del described["kernels"]  # as folders were before it was recorded
+    manifest.write_text(json.dumps(described))
+    outrider(*words)
 
 
 def test_traces_are_what_transformers_routes(collected, checkpoint, tmp_path):
