@@ -13,7 +13,7 @@ import numpy as np
 
 from ..collect.errors import TraceError
 from ..collect.schema import ModelShape
-from ..collect.trace import Selection, TraceBatch, TraceReader
+from ..collect.trace import Selection, TraceReader
 from .errors import TrainingDataError
 
 if TYPE_CHECKING:
@@ -62,8 +62,8 @@ class Examples:
     ) -> Examples:
         """The rows of `split` ("train", "validation" or "test") from folders of one model.
 
-        Whole batches until `max_tokens` are exceeded; None reads all. Blocks on the disk. Raises
-        TraceError, or TrainingDataError where hidden states or rows are missing.
+        Whole samples, spread evenly over the traces, until about `max_tokens`; None reads all. Blocks
+        on the disk. Raises TraceError, or TrainingDataError where hidden states or rows are missing.
         """
         shape = readers[0].shape
         for reader in readers:
@@ -75,15 +75,11 @@ class Examples:
                     f"(recorded: {recorded or 'none'}); collect with --hidden-states ensemble or "
                     "all, or train with --features routing"
                 )
-        selection = Selection(splits=(split,), hidden_layers=hidden_layers, log_probs=log_probs)
-        batches: list[TraceBatch] = []
-        num_tokens = 0
-        for reader in readers:
-            for batch in reader.batches(selection):
-                if max_tokens is not None and num_tokens >= max_tokens:
-                    break
-                batches.append(batch)
-                num_tokens += len(batch)
+        share = 1.0 if max_tokens is None else max_tokens / max(1, _num_tokens(readers, split))
+        selection = Selection(
+            splits=(split,), hidden_layers=hidden_layers, log_probs=log_probs, share=share
+        )
+        batches = [batch for reader in readers for batch in reader.batches(selection)]
         if not batches:
             folders = ", ".join(repr(str(reader.directory)) for reader in readers)
             raise TrainingDataError(
@@ -92,6 +88,7 @@ class Examples:
             )
         gates, scoring = _gates(readers[0])
         starts = np.cumsum([0, *(len(batch) for batch in batches)])
+        num_tokens = int(starts[-1])
         offsets = [
             batch.sample_offsets[:-1] + start for batch, start in zip(batches, starts, strict=False)
         ]
@@ -179,6 +176,11 @@ class Examples:
             scoring=self.scoring,
             sources=self.sources,
         )
+
+
+def _num_tokens(readers: Sequence[TraceReader], split: str) -> int:
+    selection = Selection(splits=(split,), weights=False, log_probs=False)
+    return sum(len(batch) for reader in readers for batch in reader.batches(selection))
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> np.ndarray:

@@ -23,7 +23,8 @@ class Selection:
     """Which rows, layers and columns to read; None means all of them.
 
     `hidden_layers` are the layers whose router inputs are wanted; `weights` and `log_probs` false
-    leave those columns on the disk.
+    leave those columns on the disk. `share` keeps that share of the samples, spread evenly over the
+    order of collection and so over data sets and splits.
     """
 
     datasets: Sequence[str] | None = None
@@ -32,6 +33,7 @@ class Selection:
     hidden_layers: Sequence[int] = ()
     weights: bool = True
     log_probs: bool = True
+    share: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +97,18 @@ class TraceRecord:
 
 
 def select_rows(
-    batch: TraceBatch, hidden: Mapping[int, torch.Tensor], splits: Sequence[str] | None
+    batch: TraceBatch, hidden: Mapping[int, torch.Tensor], selection: Selection
 ) -> TraceBatch:
-    """The rows of the wanted splits, with the hidden states of the same rows; no copy where all
-    stay.
+    """The rows of the wanted splits and share, with the hidden states of the same rows; no copy
+    where all stay.
     """
-    keep: Any = slice(None)
-    if splits is not None:
-        mask = np.isin(batch.split, [SPLITS.index(name) for name in splits])
-        keep = slice(None) if mask.all() else np.flatnonzero(mask)
+    mask = np.ones(len(batch), bool)
+    if selection.splits is not None:
+        mask &= np.isin(batch.split, [SPLITS.index(name) for name in selection.splits])
+    if selection.share < 1.0:
+        before, after = (np.floor((batch.sample_id + one) * selection.share) for one in (0.0, 1.0))
+        mask &= after > before
+    keep: Any = slice(None) if mask.all() else np.flatnonzero(mask)
     values = {
         name: getattr(batch, name)[keep] for name in (*NUMBERS, "dataset", "split", "topk_ids")
     }

@@ -49,7 +49,7 @@ def read_shard(
             batch = _batch(table, directory, manifest, shard=shard, selection=selection)
             states = hidden.rows(first_row, first_row + table.num_rows)
             first_row += table.num_rows
-            batch = select_rows(batch, states, selection.splits)
+            batch = select_rows(batch, states, selection)
             if len(batch):
                 yield batch
 

@@ -73,7 +73,7 @@ def train(
     seed: Annotated[int | None, _trained("one seed gives one result on a CPU [0]")] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="training tokens to read at most, in order of collection [all]"),
+        typer.Option(min=1, help="training tokens to read, evenly over the traces [all]"),
     ] = None,
     num_threads: Annotated[
         int | None, typer.Option(min=1, help="CPU threads [1 for widths up to 256, else all]")

@@ -146,6 +146,23 @@ def test_hidden_states_lie_beside_the_shards(tmp_path, planted, rng):
         list(reader.batches(held_out))
 
 
+@pytest.mark.parametrize("share", [0.04, 0.25, 0.5, 0.9, 1.0, 7.0])
+def test_a_share_of_the_samples_is_spread_over_all_of_them(folder, share):
+    reader = TraceReader(folder[0])
+    whole = {int(one): len(rows) for one, rows in _by_sample(reader.batches())}
+    kept = {int(one): len(rows) for one, rows in _by_sample(reader.batches(Selection(share=share)))}
+    assert len(kept) == int(min(share, 1.0) * len(whole))
+    assert all(whole[one] == length for one, length in kept.items())
+    gaps = np.diff([-1, *kept, len(whole)])
+    assert gaps.max() <= np.ceil(1 / share) + 1
+
+
+def _by_sample(batches):
+    for batch in batches:
+        for start, end in zip(batch.sample_offsets[:-1], batch.sample_offsets[1:], strict=True):
+            yield batch.sample_id[start], batch.token_id[start:end]
+
+
 def test_selections_that_cannot_be_met_are_refused(folder):
     reader = TraceReader(folder[0])
     with pytest.raises(TraceError, match=r"no data set three.*it has one, two"):

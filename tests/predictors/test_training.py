@@ -180,6 +180,17 @@ def test_confidence_comes_true(folders, test_split):
     np.testing.assert_allclose(claimed.mean(axis=0), right.mean(axis=0), atol=0.06)
 
 
+@pytest.mark.parametrize("max_tokens", [200, 1000])
+def test_fewer_tokens_come_from_all_over_the_traces(drift, readers, max_tokens):
+    whole = Examples.read(readers, "train", hidden_layers=LAYERS)
+    some = Examples.read(readers, "train", hidden_layers=LAYERS, max_tokens=max_tokens)
+    longest = int(np.diff(whole.sample_offsets).max())
+    assert abs(len(some) - max_tokens) <= max_tokens / 10 + 2 * longest
+    assert len(some) < len(whole)
+    places = np.flatnonzero(np.isin(whole.document_id, some.document_id)) / len(whole)
+    assert places.min() < 0.25 and places.max() > 0.75
+
+
 def test_no_test_document_is_read_for_training(drift, readers, tmp_path, monkeypatch):
     read = []
     inner = Examples.read.__func__
