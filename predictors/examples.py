@@ -62,8 +62,9 @@ class Examples:
     ) -> Examples:
         """The rows of `split` ("train", "validation" or "test") from folders of one model.
 
-        Whole samples, spread evenly over the traces, until about `max_tokens`; None reads all. Blocks
-        on the disk. Raises TraceError, or TrainingDataError where hidden states or rows are missing.
+        About `max_tokens` in whole samples, spread evenly over the traces; None reads all. Blocks
+        on the disk. Raises TraceError, or TrainingDataError where hidden states or rows are
+        missing.
         """
         shape = readers[0].shape
         for reader in readers:
