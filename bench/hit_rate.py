@@ -6,10 +6,9 @@ Chooses the arms, runs them in a pool of processes, and makes rows. Replay itsel
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import numpy as np
 from ..runtime.errors import UsageError
 from ..runtime.experts.eviction import DEFAULT_EVICTION, EVICTIONS
 from ..runtime.experts.prefetcher import Mode
+from ..runtime.processes import process_pool
 from ..runtime.sizes import parse_budget, resolve
 from .arms import BELADY, ROUTING_NAME, ArmSpec, run_arm, save_foretold
 from .devices import Device
@@ -155,14 +155,9 @@ def workspace(
     count = workers or max(1, min(len(os.sched_getaffinity(0)), 8))
     with (
         tempfile.TemporaryDirectory(prefix="outrider-replay-", dir=scratch) as name,
-        # Spawned: a copy of a process in which torch has threads would not be whole.
-        cluster or ProcessPoolExecutor(count, mp_context=get_context("spawn")) as pool,
+        cluster or process_pool(count) as pool,
     ):
-        try:
-            yield Path(name), pool
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
+        yield Path(name), pool
 
 
 def foretell_all(

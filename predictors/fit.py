@@ -20,7 +20,7 @@ from .base import TrainedFamily, family_class
 from .checkpoint import CONFIG_NAME, read_config, save_predictor
 from .errors import FolderError, TrainingDataError
 from .examples import Examples
-from .journal import METRICS_NAME, Journal, Tell, is_begun
+from .journal import METRICS_NAME, Journal, Tell, Watch, is_begun
 from .presets import Settings
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 LOCK_NAME = ".lock"
 EVERY_LAYER = ("ensemble", "lookahead-corrected", "pre-attention")
 """Families that learn from the router inputs of all layers, whatever --features says."""
+
+IN_PASS_ONLY = ("lookahead-corrected", "pre-attention")
+"""Families without a forecast before the token, which is what `validation_metrics` judges."""
 
 NO_STATES = ("cluster", "frequent", "pattern", "statistics")
 MAX_METRIC_ROWS = 4096
@@ -46,18 +49,23 @@ class Run:
 
 
 def train_into(
-    run: Run, readers: Sequence[TraceReader], *, tell: Tell | None = None
+    run: Run,
+    readers: Sequence[TraceReader],
+    *,
+    tell: Tell | None = None,
+    watch: Watch | None = None,
 ) -> dict[str, Any]:
     """Train and write the folder; -> what was written in config.json beside the family's own.
 
-    Blocks for minutes to hours. SettingsError for an unknown family; FolderError where the folder
-    is in use or holds what is not asked for; TrainingDataError where the traces do not serve.
+    `watch` ends the training, unfinished, by raising. Blocks for minutes to hours. SettingsError
+    for an unknown family; FolderError where the folder is in use or holds what is not asked for;
+    TrainingDataError where the traces do not serve.
     """
     family = family_class(run.family)
     is_main = int(os.environ.get("RANK", "0")) == 0
     with ExitStack() as held:
         if is_main:
-            held.callback(_locked(run.folder).release)
+            held.callback(lock_folder(run.folder).release)
             refuse_folder(run)
         if is_main and (run.folder / CONFIG_NAME).exists():
             # Resumed though it had ended: what it ended with.
@@ -73,6 +81,7 @@ def train_into(
             run.folder if is_main else None,
             resume=run.resume,
             tell=tell if is_main else None,
+            watch=watch,
             read_from=run.folder,
         )
         fitted = family.fit(train, validation=validation, settings=run.settings, progress=journal)
@@ -173,7 +182,8 @@ def _hidden_layers(run: Run, readers: Sequence[TraceReader]) -> list[int]:
     return sorted(set.intersection(*recorded))
 
 
-def _locked(folder: Path) -> Any:
+def lock_folder(folder: Path) -> Any:
+    """The held lock of an output folder, which is made if need be. FolderError if it is in use."""
     import filelock
 
     try:

@@ -17,6 +17,9 @@ METRICS_NAME = "metrics.jsonl"
 
 Tell = Callable[[str, int, int], None]
 
+Watch = Callable[[Mapping[str, Any]], None]
+"""Hears each metric line once it is written; what it raises ends the training."""
+
 
 def state_name(part: str) -> str:
     """The file that keeps the state of one part of a training run."""
@@ -31,6 +34,8 @@ def is_begun(folder: Path) -> bool:
 class Journal:
     """The record of one training run in `folder`; called with (what, done, total) as it goes on.
 
+    `watch` may end the run: it hears each metric line and raises.
+
     Only the main process of several keeps a journal that writes: the others hold one without a
     folder that reads the state from `read_from`. Writing blocks on the disk.
     """
@@ -41,12 +46,14 @@ class Journal:
         *,
         resume: bool = False,
         tell: Tell | None = None,
+        watch: Watch | None = None,
         read_from: Path | None = None,
     ) -> None:
         self.folder = folder
         self._source = folder if read_from is None else read_from
         self._resume = resume
         self._tell = tell
+        self._watch = watch
         if folder is not None and not resume:
             (folder / METRICS_NAME).unlink(missing_ok=True)
             self.finish()
@@ -57,10 +64,12 @@ class Journal:
             self._tell(what, done, total)
 
     def record(self, **metrics: Any) -> None:
-        """Add one line of metrics (plain numbers and names)."""
+        """Add one line of metrics (plain numbers and names); raises what `watch` raises."""
         if self.folder is not None:
             with (self.folder / METRICS_NAME).open("a") as file:
                 file.write(json.dumps(metrics) + "\n")
+        if self._watch is not None:
+            self._watch(metrics)
 
     def lines(self) -> list[dict[str, Any]]:
         """The metric lines so far, oldest first; a torn last line is left out."""

@@ -35,6 +35,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 _EXTRAS = {
     "jinja2": "analysis",
     "matplotlib": "analysis",
+    "optuna": "sweep",
     "prometheus_client": "serve",
     "ray": "ray",
     "sklearn": "analysis",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from ..errors import UsageError
 from . import options
 from .display import print_json, progress_bars, stderr_console
 from .startup import heavy_imports
+from .sweep import Search, make_search, search
 
 app = typer.Typer(add_completion=False)
 
@@ -26,6 +28,10 @@ def _sized(help_text: str) -> Any:
 
 def _trained(help_text: str) -> Any:
     return typer.Option(help=help_text, rich_help_panel="Training", show_default=False)
+
+
+def _swept(help_text: str, **more: Any) -> Any:
+    return typer.Option(help=help_text, rich_help_panel="Sweep", show_default=False, **more)
 
 
 @app.command()
@@ -81,24 +87,41 @@ def train(
     skip_bad: Annotated[
         bool, typer.Option("--skip-bad", help="leave damaged shards out instead of stopping")
     ] = False,
+    sweep: Annotated[
+        Path | None, _swept("YAML file of options that vary: train many, keep the best")
+    ] = None,
+    trials: Annotated[int | None, _swept("trainings in all, resumed ones included", min=1)] = None,
+    workers: Annotated[int | None, _swept("trials at a time [1; on a cluster all]", min=1)] = None,
+    engine: Annotated[str | None, _swept("local, or ray: workers of a Ray cluster [local]")] = None,
+    address: Annotated[
+        str | None, _swept("running Ray cluster: HOST:PORT or auto [one of this machine's own]")
+    ] = None,
 ) -> None:
     """Train a predictor on the train split of traces, stopping by their validation split.
 
     OUT then holds config.json, model.safetensors, metrics.jsonl and curves.png; give it to
     `outrider evaluate` and to `--predictor` of generate, serve and bench. Several processes:
     `accelerate launch --no_python outrider train ...` or `torchrun --no-python ...`.
+    With --sweep OUT holds a folder a trial, a table and a figure of all, and `best`.
     """
     given = {name: value for name, value in locals().items() if value is not None}
-    if predictor is None:
+    wanted = make_search(given)
+    if predictor is None and wanted is None:
         raise UsageError("no predictor named: give --predictor, such as hierarchical")
     if out is None:
         raise UsageError("no folder for the predictor: give --out DIR")
     from ...predictors.base import family_class
     from ...predictors.presets import Settings, make_settings
 
-    family_class(predictor)
+    if predictor is not None:
+        family_class(predictor)
     own = {name: given[name] for name in Settings.__struct_fields__ if name in given}
-    settings = make_settings(preset, {name: own[name] for name in own if name != "preset"})
+    del own["preset"]
+    settings = make_settings(preset, own)
+    if wanted is not None:
+        _sweep(wanted, given, own, is_json=json)
+        return
+    assert predictor is not None
     with heavy_imports():
         import torch
 
@@ -121,13 +144,56 @@ def train(
     _print(document, out)
 
 
+def _sweep(wanted: Search, given: dict[str, Any], own: dict[str, Any], *, is_json: bool) -> None:
+    from ...predictors.space import PREDICTOR, make_space, read_space
+
+    fixed = own | {name: given[name] for name in (PREDICTOR,) if name in given}
+    space = make_space(read_space(wanted.space), preset=given["preset"], given=fixed)
+    if PREDICTOR not in space and PREDICTOR not in fixed:
+        raise UsageError(
+            "no predictor named: give --predictor, such as hierarchical, or let it vary in "
+            f"{wanted.space}"
+        )
+    with heavy_imports():
+        from ...predictors.trial import Sweep
+    widths = space["width"].ends() if "width" in space else (own.get("width", SMALL_WIDTH),)
+    is_small = (wanted.workers or 1) > 1 or max(widths) <= SMALL_WIDTH
+    search(
+        wanted,
+        Sweep(
+            space=space,
+            traces=tuple(path.resolve() for path in given["traces"]),
+            folder=given["out"].resolve(),
+            trials=wanted.trials,
+            preset=given["preset"],
+            given=fixed,
+            resume=given["resume"],
+            max_tokens=given.get("max_tokens"),
+            skip_bad=given["skip_bad"],
+            num_threads=given.get("num_threads") or (1 if is_small else os.cpu_count() or 1),
+        ),
+        json=is_json,
+        draw=_draw_trials,
+    )
+
+
 def _draw(out: Path) -> Path | None:
     from ...predictors.curves import draw_curves
     from ...predictors.journal import Journal
 
+    return _drawn(lambda: draw_curves(Journal(out, resume=True).lines(), out))
+
+
+def _draw_trials(rows: list[dict[str, Any]], out: Path) -> Path | None:
+    from ...predictors.curves import draw_trials
+
+    return _drawn(lambda: draw_trials(rows, out))
+
+
+def _drawn(draw: Callable[[], Path | None]) -> Path | None:
     logging.getLogger("matplotlib").setLevel(logging.WARNING)
     try:
-        return draw_curves(Journal(out, resume=True).lines(), out)
+        return draw()
     except ModuleNotFoundError:
         stderr_console().print("no curves drawn: pip install 'outrider[plots]'", markup=False)
         return None

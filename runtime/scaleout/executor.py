@@ -13,14 +13,15 @@ MAX_RETRIES = 3
 
 
 class ClusterExecutor(Executor):
-    """`submit` runs an importable function on any node; one CPU a task.
+    """`submit` runs an importable function on any node; one CPU and `gpus` cards a task.
 
     Its future raises what the function raised, or Ray's own error once MAX_RETRIES workers died.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, *, gpus: int = 0) -> None:
         self._ray = cluster.ray
-        self._task = cluster.ray.remote(num_cpus=1, max_retries=MAX_RETRIES)(_call)
+        options = {"num_cpus": 1, "num_gpus": gpus, "max_retries": MAX_RETRIES}
+        self._task = cluster.ray.remote(**options)(_call)
         self._references: list[Any] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
@@ -28,6 +29,9 @@ class ClusterExecutor(Executor):
         reference = self._task.remote(fn, args, kwargs)
         self._references.append(reference)
         return reference.future()
+
+    def __exit__(self, *error: object) -> None:
+        self.shutdown(cancel_futures=error[0] is not None)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """With `cancel_futures`, end what runs or waits; else wait for it if `wait`."""

@@ -1,7 +1,9 @@
 """`outrider train`: one command from traces to a predictor, and a sentence for every bad input."""
 
 import json
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,6 +64,77 @@ def test_the_summary_says_what_came_of_it_and_what_comes_next(traces, tmp_path):
     assert f"--predictor statistics,{tmp_path / 'P'}" in result.stdout
     again = run(traces, "--predictor", "statistics", "--out", tmp_path / "P", "--resume")
     assert "learned from" in again.stdout, "resuming what has ended says what it was"
+
+
+def test_a_sweep_prints_its_trials_and_leaves_the_best_where_evaluate_takes_it(traces, tmp_path):
+    pytest.importorskip("optuna")
+    space, out = tmp_path / "space.yaml", tmp_path / "S"
+    space.write_text("lr: {low: 1e-3, high: 2e-2, log: true}\nclusters: [2, 3]\n")
+    words = [traces, "--predictor", "hierarchical", "--sweep", space, "--out", out, "--trials"]
+    words = [*words, 2, "--width", 16, "--heads", 2, "--epochs", 2, "--batch-size", 64]
+    result = run(*words)
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["trial", "state", "recall@k", "epochs", "seconds", "lr", "clusters"]
+    assert len(lines) == 5 and "best" in lines[1] and f"statistics,{out}/best" in lines[-1]
+    assert result.stderr.count("complete: recall@k ") == 2
+    again = run(*words, "--resume", "--json")
+    document = json.loads(again.stdout.splitlines()[-1])
+    assert [row["trial"] for row in document["trials"]] == [0, 1]
+    best = document["best"]
+    assert best["recall"] == max(row["recall"] for row in document["trials"])
+    predictor = load_predictor(out / "best", SHAPE)
+    assert predictor.name == "hierarchical"
+    config = json.loads((out / "best" / "config.json").read_text())
+    assert config["training"]["settings"]["lr"] == best["options"]["lr"]
+    assert config["metrics"]["validation_recall_at_k_1"] == best["recall"]
+    if find_spec("matplotlib") is not None:
+        assert document["figure"] == str(out / "trials.png")
+        assert (out / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_sweep_in_processes_of_its_own(traces, tmp_path):
+    pytest.importorskip("optuna")
+    space, out = tmp_path / "space.yaml", tmp_path / "S"
+    space.write_text("predictor: [statistics, cluster]\nclusters: [2, 3]\n")
+    words = [traces, "--sweep", space, "--out", out, "--trials", 3, "--workers", 2, "--json"]
+    document = json.loads(run(*words).stdout.splitlines()[-1])
+    assert [row["state"] for row in document["trials"]] == ["complete"] * 3
+    for row in document["trials"]:
+        assert load_predictor(Path(row["folder"]), SHAPE).name == row["options"]["predictor"]
+
+
+SWEEP = ["--predictor", "statistics", "--out", "P", "--sweep"]
+BAD_SWEEPS = [
+    pytest.param("lr: [-1]", ["--trials", "2"], "sweep: lr: lr is -1.0; accepted", id="space"),
+    pytest.param("context: [2]", [], "give --trials N", id="no-trials"),
+    pytest.param("context: [2]", ["--trials", "2", "--address", "a:1"], "add --engine ray",
+                 id="address"),
+    pytest.param("context: [2]", ["--trials", "2", "--engine", "slurm"], "accepted are local, ray",
+                 id="engine"),
+    pytest.param("context: [2]", ["--trials", "2", "--context", "3"], "is also given", id="twice"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("space", "more", "message"), BAD_SWEEPS)
+def test_a_bad_sweep_is_one_line(space, more, message, traces, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "space.yaml").write_text(space)
+    result = run(traces, *SWEEP, "space.yaml", *more, code=2)
+    assert message in result.stderr and len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "P").exists()
+
+
+def test_options_of_sweeps_without_one_and_sweeps_without_their_library(
+    traces, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    result = run(traces, "--predictor", "statistics", "--out", "P", "--trials", 3, code=2)
+    assert "--trials is for sweeps; add --sweep space.yaml" in result.stderr
+    (tmp_path / "space.yaml").write_text("context: [2, 3]")
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    result = run(traces, *SWEEP, "space.yaml", "--trials", 2, code=1)
+    assert result.stderr == "outrider: this needs optuna: pip install 'outrider[sweep]'\n"
+    assert not (tmp_path / "P").exists()
 
 
 BAD = [
