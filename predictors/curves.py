@@ -82,9 +82,11 @@ def draw_trials(rows: Sequence[Mapping[str, Any]], folder: Path) -> Path | None:
 
 
 def _save(figure: Figure, path: Path) -> Path:
+    from matplotlib.ticker import MaxNLocator
+
     for axes in figure.axes:
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     with durable_write(path) as file:
         figure.savefig(file, format="png", dpi=130)
     return path

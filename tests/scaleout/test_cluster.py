@@ -12,8 +12,8 @@ pytestmark = pytest.mark.ray
 
 SUPPORT = Path(toy_workers.__file__).parent
 
-# Two nodes of one CPU; the second one's Python finds another version of pyarrow where asked to.
-# Then this process joins by address and collects.
+# A node of one CPU that waits to be told, or two: the second one's Python finds another version of
+# pyarrow where asked to. Then this process joins by address and collects.
 TWO_NODES = """
 import os, sys
 from pathlib import Path
@@ -22,13 +22,13 @@ door._use_tokens(None)
 from ray.cluster_utils import Cluster
 head = {"num_cpus": 1, "include_dashboard": False, "object_store_memory": 100 << 20}
 nodes = Cluster(initialize_head=True, head_node_args=head)
-other = {"env_vars": {"PYTHONPATH": sys.argv[2]}} if sys.argv[2] else {}
-nodes.add_node(num_cpus=1, object_store_memory=100 << 20, **other)
 print(nodes.address, os.environ["RAY_AUTH_TOKEN"], flush=True)
 if sys.argv[1] == "wait":
     sys.stdin.read()
     nodes.shutdown()
     sys.exit()
+other = {"env_vars": {"PYTHONPATH": sys.argv[2]}} if sys.argv[2] else {}
+nodes.add_node(num_cpus=1, object_store_memory=100 << 20, **other)
 import toy_workers
 from outrider.collect import CollectSettings
 from outrider.runtime.scaleout.collection import collect_with
@@ -38,7 +38,7 @@ toy, out = toy_workers.load_toy(), Path(sys.argv[1])
 try:
     with door.connected(nodes.address, num_workers=2) as cluster:
         assert cluster.nodes == 2 and cluster.cpus == 2
-        arguments = (out.parent / "pids", 0.2)
+        arguments = (out.parent / "pids", 0.05, 2)
         with WorkerPool(cluster, "toy_workers:ToyShardWorker", arguments, num_workers=2) as pool:
             collect_with(
                 pool, toy.WordTokenizer(), [toy.corpus("alpha", documents=60, words=70)], out=out,
@@ -103,7 +103,10 @@ def test_a_wrong_token_is_refused_with_what_to_check_and_nothing_is_written(tmp_
         ]  # fmt: skip
         wrong = "1" + token[1:] if token[0] != "1" else "2" + token[1:]
         done = subprocess.run(
-            command, env=_environment(RAY_AUTH_TOKEN=wrong), capture_output=True, text=True
+            command,
+            env=_environment(RAY_AUTH_TOKEN=wrong, RAY_py_gcs_connect_timeout_s="5"),
+            capture_output=True,
+            text=True,
         )
         assert done.returncode == 1
         last = done.stderr.strip().splitlines()[-1]

@@ -56,9 +56,14 @@ def run(toy, cluster, tmp_path):
     pids = tmp_path / "pids"
     pids.mkdir()
 
-    def runner(*, pause_s=0.0, limits=(), workers=2, resume=False, progress=None, **changes):
+    def runner(
+        *, pause_s=0.0, together=1, limits=(), workers=2, resume=False, progress=None, **changes
+    ):
         pool = WorkerPool(
-            cluster, "toy_workers:ToyShardWorker", (pids, pause_s, *limits), num_workers=workers
+            cluster,
+            "toy_workers:ToyShardWorker",
+            (pids, pause_s, together, *limits),
+            num_workers=workers,
         )
         with pool:
             return collect_with(
@@ -95,7 +100,7 @@ def _equal(folder: Path, local: Path) -> bool:
 
 def test_two_workers_give_the_rows_of_a_local_run(run, local, tmp_path):
     told = []
-    report = run(pause_s=0.2, progress=told.append)
+    report = run(together=2, progress=told.append)
     assert _equal(tmp_path / "T", local)
     assert report.new_traces == 100
     alone = read_manifest(local)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+from outrider.collect.passes import FinishedShard
+from outrider.collect.plan import ShardTask
 from outrider.runtime.scaleout.collection import ShardWorker
 
 
@@ -25,11 +27,17 @@ def load_toy() -> ModuleType:
 class ToyShardWorker(ShardWorker):
     """A ShardWorker of the toy model that waits after each batch and leaves its process id.
 
-    `max_batch` samples of `max_tokens` are what fits into its memory.
+    It begins once `together` workers have started. `max_batch` samples of `max_tokens` are what
+    fits into its memory.
     """
 
     def __init__(
-        self, pids: Path, pause_s: float, max_batch: int = 10**9, max_tokens: int = 10**9
+        self,
+        pids: Path,
+        pause_s: float,
+        together: int = 1,
+        max_batch: int = 10**9,
+        max_tokens: int = 10**9,
     ) -> None:
         import torch
 
@@ -44,7 +52,14 @@ class ToyShardWorker(ShardWorker):
 
         self._hold(Bounded(max_batch=max_batch), toy.SHAPE, "toy", "fp32")
         self._pause_s = pause_s
+        self._pids, self._together = pids, together
         (pids / str(os.getpid())).touch()
+
+    def run(self, manifest: bytes, task: ShardTask) -> FinishedShard:
+        deadline = time.monotonic() + 120
+        while len(list(self._pids.iterdir())) < self._together and time.monotonic() < deadline:
+            time.sleep(0.02)
+        return super().run(manifest, task)
 
     def _tell(self, done: int) -> None:
         super()._tell(done)
