@@ -126,7 +126,11 @@ class EngineArm:
         return [list(self._engine.tokenizer(text)["input_ids"]) for text in texts]
 
     def record(self, passages: list[Passage]) -> Recording:
-        """Run untimed, writing down what the routers chose."""
+        """Run untimed, writing down what the routers chose; an oracle then runs once more, told.
+
+        Nobody predicts in an oracle's first run: what a controller would learn of one that knows
+        nothing would keep it from being tried when it knows all.
+        """
         loaded, executor = self._engine.loaded, self._engine.tier.executor
         recorder = _RoutingRecorder(executor.forward)
         digest = xxhash.xxh3_64()
@@ -141,6 +145,9 @@ class EngineArm:
                 self._foretold[passage.name] = [one for one in passes if one.is_decode]
         finally:
             adapter.install(loaded.model, loaded.layers, executor.forward)
+        if self._is_foretold:
+            for passage in passages:
+                self._decode(passage)
         return Recording(chosen, digest.hexdigest(), recorder.passes)
 
     def prepare(self, is_cold: bool) -> float:
@@ -187,8 +194,8 @@ class EngineArm:
     ) -> "_Decoded":
         engine = self._engine
         if self._is_foretold:
-            shape, passes = engine.tier.source.shape, self._foretold.get(passage.name, [])
-            engine.tier.make_predictor = lambda: _told(shape, passage, passes)
+            shape, passes = engine.tier.source.shape, self._foretold.get(passage.name)
+            engine.tier.make_predictor = lambda: passes and _told(shape, passage, passes)
         sequence = engine.submit(
             GenerationRequest(
                 prompt_token_ids=passage.prompt_ids,
@@ -287,7 +294,7 @@ def _told(shape: ModelShape, passage: Passage, passes: Sequence[Pass]) -> Oracle
     for place, one in enumerate(passes, start=len(passage.prompt_ids)):
         routing[place] = one.layers
     oracle = Oracle(shape)
-    oracle.foresee(routing[: len(routing) if passes else 0])
+    oracle.foresee(routing)
     return oracle
 
 

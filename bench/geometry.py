@@ -19,6 +19,9 @@ import torch
 from ..runtime.errors import InvalidDataError, UnsupportedModelError, UsageError
 from ..runtime.experts.disk import explained, require_free
 from ..runtime.models.checkpoint import Checkpoint
+from ..runtime.models.loading import load_model
+from ..runtime.models.origin import described
+from ..runtime.speculation import shipped_predictor
 from .shards import PlannedTensor, write_shards
 from .widening import Fill, Filler, widen_matrix, widen_norm
 
@@ -88,6 +91,9 @@ def make_geometry(
     out early, more runs its layers twice, and the text means nothing in either case, while
     routing stays as skewed and as predictable as a trained model's.
 
+    Where the function is the source's, config.json names the source, so that its predictors serve
+    the new model too, and the one shipped with it is copied.
+
     Holds one tensor of the source and a few MiB. Blocks; `progress(done_bytes, total_bytes)`.
     Raises UsageError for sizes that cannot be, InvalidDataError for a source that is not whole,
     OutriderError where `out` cannot be written.
@@ -115,12 +121,13 @@ def make_geometry(
         out.mkdir(parents=True, exist_ok=True)
         require_free(out, total)
         write_shards(out, plan, max_shard_bytes=MAX_SHARD_BYTES, progress=progress)
-        _copy_other_files(source, out)
+        is_same_function = num_layers == num_source_layers
+        _copy_other_files(source, out, is_same_function=is_same_function)
         report = GeometryReport(
             out=str(out),
             source=str(source),
             num_moe_layers=num_layers,
-            is_same_function=num_layers == num_source_layers,
+            is_same_function=is_same_function,
             sizes=sizes,
             tensors=len(plan),
             nbytes=total,
@@ -130,6 +137,8 @@ def make_geometry(
         (out / RECORD_NAME).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
         # Last, since a folder without it is not a model.
         widened = _config(config, sizes, num_hidden_layers=first + num_layers)
+        if is_same_function:
+            widened |= described(load_model(source).shape)
         (out / "config.json").write_text(json.dumps(widened, indent=2, sort_keys=True) + "\n")
     return report
 
@@ -268,8 +277,11 @@ def _target(
     return (rows, columns), Fill.RANDOM
 
 
-def _copy_other_files(source: Path, out: Path) -> None:
+def _copy_other_files(source: Path, out: Path, *, is_same_function: bool) -> None:
     for path in sorted(source.iterdir()):
         is_weights = path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json")
         if path.is_file() and not is_weights and path.name != "config.json":
             shutil.copyfile(path, out / path.name)
+    predictor = shipped_predictor(source)
+    if is_same_function and predictor is not None:
+        shutil.copytree(predictor, out / predictor.name)

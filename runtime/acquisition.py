@@ -83,6 +83,7 @@ class Acquisition:
             self._in_flight.append(copy)
         else:
             traffic.misses += 1
+            self._prefetcher.missed(key)
             self._missing.append(key)
         self._cache.record_use(key)
 

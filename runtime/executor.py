@@ -75,6 +75,7 @@ class ExpertExecutor:
         self._is_decode = False
         self._is_asking = False
         self._began_s = 0.0
+        self._forecast_s = 0.0
 
     @property
     def is_degraded(self) -> bool:
@@ -105,6 +106,7 @@ class ExpertExecutor:
         if self._is_decode and not self._is_asking:
             self._observers = []  # what a prompt teaches, though, a predictor always sees
         self._began_s = time.perf_counter()
+        self._forecast_s = 0.0
         self.cache.advance(step, -1)
         if self._is_asking and self._observers:
             for horizon in (1, 2) if decoding else ():
@@ -118,6 +120,7 @@ class ExpertExecutor:
                 )
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
+        self._forecast_s += time.perf_counter() - self._began_s
 
     def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
         # With every expert in its slot there is nothing left to forecast.
@@ -136,6 +139,7 @@ class ExpertExecutor:
                 stall_s=self._stall_s,
                 on_demand_bytes=self._traffic.bytes_on_demand,
                 wall_s=time.perf_counter() - self._began_s,
+                forecast_s=self._forecast_s,
             )
         now, before, traffic = self.cache.counters, self._before, self._traffic
         traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
@@ -240,6 +244,7 @@ class ExpertExecutor:
         )
 
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+        began = time.perf_counter()
         if self._is_asking and self._observers:
             self._offer(
                 [
@@ -251,16 +256,19 @@ class ExpertExecutor:
                 step=self._step,
             )
         self.prefetcher.advance(self._step, layer_idx)
+        self._forecast_s += time.perf_counter() - began
 
     def _observe(
         self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
+        began = time.perf_counter()
         host_weights = weights.float().cpu().numpy()
         for observer in list(self._observers):
             rows = slice(observer.start, observer.end)
             self._ask(
                 observer, "observe", layer_idx, ids[rows], host_weights[rows], hidden_states[rows]
             )
+        self._forecast_s += time.perf_counter() - began
 
     def _offer(self, forecasts: Sequence[Forecast | None], *, step: int) -> None:
         # Predictors count the steps in which they were asked; what they speak of is known here.

@@ -18,11 +18,11 @@ from ..predictors.base import NAMES, UNTRAINED, Forecast, Predictor, predictor_c
 from ..predictors.errors import PredictorError
 from .errors import InvalidDataError, UsageError
 from .models import adapter
+from .models.origin import Narrowed, narrowed_gates, trained_shape
 
 if TYPE_CHECKING:
     import torch
 
-    from ..predictors.base import PredictorFactory
     from .models.loading import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -112,8 +112,9 @@ def _lookahead(loaded: LoadedModel) -> Speculation:
 def _from_folder(folder: Path, loaded: LoadedModel) -> Speculation:
     from ..predictors.checkpoint import load_predictor
 
+    trained = trained_shape(loaded.checkpoint.config, loaded.shape)
     try:
-        factory = load_predictor(folder, loaded.shape)
+        factory = load_predictor(folder, trained)
     except PredictorError as error:
         raise InvalidDataError(str(error)) from error
     gates = _gates(loaded) if factory.needs_gates else None
@@ -122,16 +123,18 @@ def _from_folder(folder: Path, loaded: LoadedModel) -> Speculation:
             f"predictor {str(folder)!r} ({factory.name}) starts from the model's gates, and the "
             "routers of this family are not plain ones"
         )
+    is_widened = trained != loaded.shape
+    if is_widened and gates is not None:
+        gates = narrowed_gates(gates, trained.hidden_size)
     scoring = adapter.router_scoring(loaded.layers[0])
-    return Speculation(
-        factory.name,
-        lambda: Punctual(_made(factory, gates, scoring)),
-        factory.frequencies,
-    )
 
+    def make() -> Predictor:
+        made = factory.make(gates, scoring=scoring, tokens="all")
+        if is_widened:
+            made = Narrowed(made, loaded.shape, size=trained.hidden_size)
+        return Punctual(made)
 
-def _made(factory: PredictorFactory, gates: list | None, scoring: str) -> Predictor:
-    return factory.make(gates, scoring=scoring, tokens="all")
+    return Speculation(factory.name, make, factory.frequencies)
 
 
 def _gates(loaded: LoadedModel) -> list | None:

@@ -81,6 +81,7 @@ class Prefetcher:
         self._advanced_at: float | None = None
         self._issued_bytes = 0
         self._on_demand_bytes = 0.0
+        self._num_missed = self._num_foreseen = 0
 
     @property
     def wanted(self) -> Collection[ExpertKey]:
@@ -103,7 +104,15 @@ class Prefetcher:
         """
         if self._cache.wants_forecasts and (self._wished_reach or not self._max_reach):
             return True
-        return self.reach > 0
+        return self.reach > 0 or self._is_estimating
+
+    @property
+    def _is_estimating(self) -> bool:
+        """Forecasts are asked for to be judged, and nothing is read ahead."""
+        controller = self._controller
+        if controller is None or not self._is_decode or self._num_failures >= MAX_FAILURES:
+            return False
+        return controller.is_asking and not controller.reach
 
     @property
     def _wished_reach(self) -> int:
@@ -196,6 +205,12 @@ class Prefetcher:
             self._transfers.promote(transfer)
         return transfer
 
+    def missed(self, key: ExpertKey) -> None:
+        """A look-up found neither slot nor copy of `key`: what forecasts said of it is counted."""
+        if self._is_estimating:
+            self._num_missed += 1
+            self._num_foreseen += key in self._wanted
+
     def was_for_next(self, key: ExpertKey) -> bool:
         """Whether the prefetch of `key` was issued in the token before, by a forecast of horizon 2.
 
@@ -207,19 +222,32 @@ class Prefetcher:
         return True
 
     def end_step(
-        self, *, stall_s: float, on_demand_bytes: int, wall_s: float | None = None
+        self,
+        *,
+        stall_s: float,
+        on_demand_bytes: int,
+        wall_s: float | None = None,
+        forecast_s: float = 0.0,
     ) -> None:
         """A decode step is over, in which compute waited `stall_s` and misses took these bytes.
 
-        `wall_s` is what all of it took, forecasts included; None where nothing but stalls differs.
-        Not for prefills: their stalls would be compared with those of single tokens.
+        `wall_s` is what all of it took, `forecast_s` for forecasts included; None where nothing but
+        stalls differs. Not for prefills: their stalls are not comparable with those of single
+        tokens.
         """
         self._on_demand_bytes += SMOOTHING * (on_demand_bytes - self._on_demand_bytes)
         self._issued_bytes = 0
         self._price.end_step(on_demand_bytes / self._nbytes)
         if self._controller is not None:
             wall_s = stall_s if wall_s is None else wall_s
-            self._controller.end_step(wall_s=wall_s, stall_s=stall_s)
+            self._controller.end_step(
+                wall_s=wall_s,
+                stall_s=stall_s,
+                forecast_s=forecast_s,
+                num_absent=self._num_missed,
+                num_foreseen=self._num_foreseen,
+            )
+            self._num_missed = self._num_foreseen = 0
 
     def begin(self) -> None:
         """A new sequence: its steps count from 0 again, so no forecast before it holds."""

@@ -41,10 +41,12 @@ class ReadPrice:
         if self._num_steps < WINDOW_STEPS:
             return
         used, wasted = self._counters.prefetch_used, self._counters.prefetch_wasted
-        num_needed = self._num_needed + used - self._used
-        num_wasted = wasted - self._wasted
+        num_used, num_wasted = used - self._used, wasted - self._wasted
+        num_needed = self._num_needed + num_used
         self._used, self._wasted = used, wasted
         self._num_steps, self._num_needed = 0, 0.0
+        if not num_used and not num_wasted:
+            return  # nothing was read ahead, which says nothing about what it would be worth
         if num_wasted > MAX_WASTE * num_needed:
             self.price = min(1.5 * self.price, MAX_PRICE)
         elif num_wasted < 0.7 * MAX_WASTE * num_needed:
