@@ -14,7 +14,7 @@ FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
 SOAK_S ?= 600
 
-.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot clean help
+.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot bench bench-prefetch clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -96,6 +96,24 @@ bench: $(DEVELOPED) $(TRACES)/manifest.json ## every benchmark this machine can 
 	mv $(RESULTS)/evaluate.part $(RESULTS)/evaluate.json
 	$(BENCH) report $(RESULTS) --out $(RESULTS)/report.html
 	$(BIN)/python tests/support/bench_tables.py $(RESULTS)
+
+# Where reading takes about as long as computing, prefetching has to show its worth.
+GEOMETRY_DIR := $(or $(GEOMETRY),$(RESULTS)/geometry)
+BUDGETS ?= 50% 75%
+PREFETCH_ARMS := resident,on-demand,prefetch:$(RESULTS)/statistics,prefetch,oracle
+PREFETCH = decode $(GEOMETRY_DIR) $(foreach one,$(BUDGETS),--expert-memory $(one)) --arms $(PREFETCH_ARMS) \
+	--warm --tokens 32 --prompt-tokens 4 --repetitions 6 $(if $(DEVICE),--device $(DEVICE))
+
+bench-prefetch: $(DEVELOPED) $(GEOMETRY_DIR)/config.json $(RESULTS)/statistics/config.json ## prefetching at real sizes, all arms (GEOMETRY=DIR, LINK=500MB/s, DEVICE=cuda); renews its table and figure
+	$(call result,prefetch$(if $(LINK),-throttled),$(PREFETCH) $(if $(LINK),--link $(LINK)) --plot docs/prefetch$(if $(LINK),-throttled).png)
+	cp $(RESULTS)/prefetch$(if $(LINK),-throttled).json docs/
+	$(BIN)/python tests/support/bench_tables.py $(RESULTS)
+
+$(GEOMETRY_DIR)/config.json: | $(DEVELOPED)
+	$(BENCH) make-geometry --out $(GEOMETRY_DIR) --hidden 1024 --expert 704
+
+$(RESULTS)/statistics/config.json: $(TRACES)/manifest.json
+	$(BIN)/outrider train $(TRACES) --predictor statistics --out $(RESULTS)/statistics
 
 $(TRACES)/manifest.json: | $(DEVELOPED)
 	mkdir -p $(RESULTS)

@@ -195,7 +195,7 @@ class EngineArm:
         engine = self._engine
         if self._is_foretold:
             shape, passes = engine.tier.source.shape, self._foretold.get(passage.name)
-            engine.tier.make_predictor = lambda: passes and _told(shape, passage, passes)
+            engine.tier.make_predictor = lambda: _told(shape, passage, passes) if passes else None
         sequence = engine.submit(
             GenerationRequest(
                 prompt_token_ids=passage.prompt_ids,

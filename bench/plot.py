@@ -20,6 +20,11 @@ def require() -> None:
         ) from error
 
 
+def _label(row: dict[str, Any]) -> str:
+    arm, _, predictor = row["arm"].partition(":")
+    return "\n".join([arm, *([Path(predictor).name] if predictor else []), row["budget"]])
+
+
 def plot_decode(document: dict[str, Any], path: Path) -> None:
     """Bars of tokens/s with their intervals, a panel a state of the caches, and each roofline."""
     require()
@@ -27,7 +32,10 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
 
     rows = document["rows"]
     states = list(dict.fromkeys(row["cache"] for row in rows))
-    figure = Figure(figsize=(1.5 + 4.0 * len(states), 4.2), layout="constrained")
+    figure = Figure(
+        figsize=(1.5 + max(4.0, 0.75 * len(rows) / len(states)) * len(states), 4.2),
+        layout="constrained",
+    )
     for panel, state in enumerate(states, start=1):
         shown = [row for row in rows if row["cache"] == state]
         axes = figure.add_subplot(1, len(states), panel)
@@ -51,7 +59,7 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
             label="roofline",
         )
         axes.set_yscale("log")
-        axes.set_xticks(places, [f"{row['arm']}\n{row['budget']}" for row in shown])
+        axes.set_xticks(places, [_label(row) for row in shown], fontsize=7)
         axes.set_title(f"{state} caches")
         axes.set_ylabel("tokens/s")
         axes.legend()

@@ -76,9 +76,9 @@ class GainController:
     without reading ahead. Where the stall could not pay for them, nothing is tried; where it would
     twice over, a trial begins at once; in doubt it waits until it costs no more than REGRET of all
     time so far. A trial compares windows with look-ahead with those without before and after them,
-    so that drift cancels, until the interval of their log ratio leaves MIN_GAIN. Where it paid, look-ahead goes
-    on, with ever rarer controls. Where not, it rests, ever longer, and the next trial looks less
-    far ahead, in case it was the reads and not the forecasts that cost.
+    so that drift cancels, until the interval of their log ratio leaves MIN_GAIN. Where it paid,
+    look-ahead goes on, with ever rarer controls. Where not, it rests, ever longer, and the next
+    trial looks less far ahead, in case it was the reads and not the forecasts that cost.
     """
 
     def __init__(self, max_reach: int) -> None:

@@ -6,7 +6,7 @@ the transfer engine.
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
 import numpy as np
@@ -18,6 +18,7 @@ from .cache import ExpertCache, Kind
 from .controller import GainController
 from .price import ReadPrice
 from .transfer import Transfer, TransferEngine
+from .wanted import Wanted
 
 logger = logging.getLogger(__name__)
 
@@ -70,9 +71,8 @@ class Prefetcher:
         self._controller = GainController(self._max_reach) if mode == "auto" else None
         self._price = ReadPrice(cache.counters)
         self._is_decode = True
-        self._step, self._position = 0, -1
-        self._tables: dict[int, np.ndarray] = {}
-        self._wanted = _Wanted(self)
+        self._step = 0
+        self._wanted = Wanted(shape, self._price)
         self._plan: list[_Candidate] | None = None
         self._for_next: set[ExpertKey] = set()
         self._in_flight: dict[ExpertKey, Transfer] = {}
@@ -135,16 +135,8 @@ class Prefetcher:
         self._cache.foresee(forecast)
         if not self._max_reach:
             return
-        step, start = forecast.step, forecast.layer_from
-        first = step * self._shape.num_moe_layers
-        if first + forecast.layer_to - 1 <= self._position:
-            return
-        table = self._tables.get(step)
-        if table is None:
-            size = (self._shape.num_moe_layers, self._shape.num_experts)
-            table = self._tables[step] = np.zeros(size, np.float32)
-        table[start : forecast.layer_to] = forecast.probability
-        self._plan = None
+        if self._wanted.take(forecast):
+            self._plan = None
 
     def advance(self, step: int, layer_idx: int) -> None:
         """Execution stands at this layer: settle what is copied, cancel what is stale, issue more.
@@ -154,14 +146,13 @@ class Prefetcher:
         position = step * self._shape.num_moe_layers + layer_idx
         if self._max_reach:
             self._keep_time(position)
-        self._step, self._position = step, position
-        if not (self._tables or self._in_flight):
+        self._step, self._wanted.position = step, position
+        if not (self._wanted or self._in_flight):
             return
-        for gone in [one for one in self._tables if one < step]:
-            del self._tables[gone]
+        self._wanted.forget_before(step)
         self.settle()
         self._cancel_stale()
-        if self._tables and self.reach and self._cache.prefetch_room > 0:
+        if self._wanted and self.reach and self._cache.prefetch_room > 0:
             self._issue()
 
     def warm(self, keys: Iterable[ExpertKey]) -> None:
@@ -237,7 +228,9 @@ class Prefetcher:
         """
         self._on_demand_bytes += SMOOTHING * (on_demand_bytes - self._on_demand_bytes)
         self._issued_bytes = 0
-        self._price.end_step(on_demand_bytes / self._nbytes)
+        if self.reach:
+            # Of steps that read nothing ahead the price would learn that nothing is in vain.
+            self._price.end_step(on_demand_bytes / self._nbytes)
         if self._controller is not None:
             wall_s = stall_s if wall_s is None else wall_s
             self._controller.end_step(
@@ -251,9 +244,9 @@ class Prefetcher:
 
     def begin(self) -> None:
         """A new sequence: its steps count from 0 again, so no forecast before it holds."""
-        self._tables.clear()
+        self._wanted.clear()
         self._plan = None
-        self._step, self._position = 0, -1
+        self._step = 0
         self._advanced_at = None
         self._cache.advance(0, -1)
         self._cancel_stale()
@@ -266,7 +259,7 @@ class Prefetcher:
 
     def _keep_time(self, position: int) -> None:
         now = self._clock()
-        if self._advanced_at is not None and position > self._position:
+        if self._advanced_at is not None and position > self._wanted.position:
             elapsed = now - self._advanced_at
             if self._layer_s:
                 # Waiting for the next request is no layer's time.
@@ -304,7 +297,7 @@ class Prefetcher:
         bandwidth = self._transfers.bandwidth() if self._layer_s else 0.0
         queued = self._transfers.outstanding_bytes()
         budget = self._budget(bandwidth)
-        position = self._position
+        position = self._wanted.position
         last = position + self.reach
         plan = self._candidates() if self._plan is None else self._plan
         self._plan = []
@@ -335,9 +328,9 @@ class Prefetcher:
         """What is likely enough to be read ahead at all, in the order in which it is."""
         num_layers, least = self._shape.num_moe_layers, self._price.least_probability
         found: list[_Candidate] = []
-        for step, table in self._tables.items():
+        for step, table in self._wanted.tables.items():
             first = step * num_layers
-            start = max(0, self._position + 1 - first)
+            start = max(0, self._wanted.position + 1 - first)
             rows = table[start:]
             layers, experts = np.nonzero(rows >= least)
             values = rows[layers, experts]
@@ -378,33 +371,3 @@ class Prefetcher:
             return float("inf")
         step_bytes = bandwidth * self._layer_s * self._shape.num_moe_layers
         return max(step_bytes - self._on_demand_bytes, float(self._nbytes))
-
-
-class _Wanted(Collection[ExpertKey]):
-    """Keys whose next use is forecast as likely enough to be read ahead, looked up when asked."""
-
-    def __init__(self, prefetcher: Prefetcher) -> None:
-        self._of = prefetcher
-
-    def __contains__(self, key: object) -> bool:
-        assert isinstance(key, ExpertKey)
-        of = self._of
-        least, num_layers = of._price.least_probability, of._shape.num_moe_layers
-        for step, table in of._tables.items():
-            if step * num_layers + key.layer_idx > of._position and table[key] >= least:
-                return True
-        return False
-
-    def __iter__(self) -> Iterator[ExpertKey]:
-        shape = self._of._shape
-        for layer_idx in range(shape.num_moe_layers):
-            for expert_idx in range(shape.num_experts):
-                if (key := ExpertKey(layer_idx, expert_idx)) in self:
-                    yield key
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __bool__(self) -> bool:
-        # Asked at each failed reserve, where counting would look at every expert of the model.
-        return bool(self._of._tables)

@@ -35,18 +35,18 @@ class ReadPrice:
         return self.price / (1.0 + self.price)
 
     def end_step(self, num_on_demand: float) -> None:
-        """A step that read this many experts on demand; some steps later the price follows."""
+        """A step that looked ahead and read this many experts on demand all the same; some such
+        steps later the price follows.
+        """
         self._num_steps += 1
         self._num_needed += num_on_demand
         if self._num_steps < WINDOW_STEPS:
             return
         used, wasted = self._counters.prefetch_used, self._counters.prefetch_wasted
-        num_used, num_wasted = used - self._used, wasted - self._wasted
-        num_needed = self._num_needed + num_used
+        num_needed = self._num_needed + used - self._used
+        num_wasted = wasted - self._wasted
         self._used, self._wasted = used, wasted
         self._num_steps, self._num_needed = 0, 0.0
-        if not num_used and not num_wasted:
-            return  # nothing was read ahead, which says nothing about what it would be worth
         if num_wasted > MAX_WASTE * num_needed:
             self.price = min(1.5 * self.price, MAX_PRICE)
         elif num_wasted < 0.7 * MAX_WASTE * num_needed:

@@ -20,6 +20,7 @@ from outrider.bench.workload import built_in_texts, make_passages, read_texts
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
 from outrider.runtime.experts.arithmetic import ModuleArithmetic
+from outrider.runtime.experts.controller import GainController
 
 ROW_FIELDS = [
     "arm", "format", "budget", "tokens_per_second", "spread", "ttft_s", "bytes_per_token",
@@ -221,6 +222,27 @@ def test_the_oracle_is_told_of_each_passage_what_will_be_asked_for(
     assert traffic["prefetch_issued"] > 0
     assert traffic["prefetch_wasted"] == 0, "what was foretold was used"
     assert traffic["misses"] < on_demand["traffic"]["misses"]
+
+
+def test_nothing_is_learned_from_an_oracle_before_it_has_been_told(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` once judged it by the run in which it knew nothing, and did not ask again for long."""
+    steps: list[float] = []
+    learn = GainController.end_step
+
+    def counted(controller: GainController, **measured: Any) -> None:
+        steps.append(measured["num_absent"])
+        learn(controller, **measured)
+
+    monkeypatch.setattr(GainController, "end_step", counted)
+    passage = Passage("made up", [1, 2, 3], list(range(5, 25)), 20)
+    config = {"expert_memory": "50%", "predictor": "frequent", "device": "cpu"}
+    arm = EngineArm(model=str(tiny), options=config, is_foretold=True)
+    arm.load()
+    arm.record([passage])
+    assert len(steps) == passage.num_tokens - 1, "of two runs only the one in which it knows"
+    arm.close()
 
 
 FAKE_LLAMA = """

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from outrider.bench.geometry import make_geometry
 from outrider.predictors.base import family_class
-from outrider.predictors.checkpoint import read_config, save_predictor
+from outrider.predictors.checkpoint import load_predictor, read_config, save_predictor
 from outrider.predictors.errors import PredictorError
 from outrider.predictors.examples import Examples
 from outrider.predictors.frequent import FrequentPredictor
@@ -19,6 +20,7 @@ from outrider.runtime.engine import Engine
 from outrider.runtime.errors import InvalidDataError, UsageError
 from outrider.runtime.models import adapter
 from outrider.runtime.models.loading import load_model, resolve_folder
+from outrider.runtime.models.origin import trained_shape
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.speculation import (
     LATE_S,
@@ -137,6 +139,65 @@ def test_a_predictor_of_another_model_is_refused_with_the_difference(models, fol
 def test_a_name_that_must_be_trained_says_how(loaded):
     with pytest.raises(UsageError, match=r"outrider train TRACES --predictor attention --out DIR"):
         choose_predictor("attention", loaded)
+
+
+@pytest.fixture(scope="module")
+def widened(models, folders, tmp_path_factory):
+    """The checkpoint at four times its sizes, made from one that ships an ensemble."""
+    source = tmp_path_factory.mktemp("source") / "model"
+    shutil.copytree(models.checkpoint(FAMILY), source)
+    shutil.copytree(folders["ensemble"], source / "predictor")
+    out = tmp_path_factory.mktemp("widened")
+    make_geometry(source, out, hidden=256, expert=128, dense=384)
+    return load_model(out)
+
+
+@pytest.mark.parametrize("name", ["statistics", "ensemble", "lookahead-corrected"])
+def test_on_a_widened_model_its_sources_predictors_say_the_same(name, loaded, widened, folders):
+    assert widened.shape.hidden_size == 4 * loaded.shape.hidden_size
+    size, shape = loaded.shape.hidden_size, loaded.shape
+    said = []
+    for model in (loaded, widened):
+        predictor = choose_predictor(folders[name], model).make()
+        predictor.begin(np.arange(3))
+        heard = []
+        for token in range(3):
+            for layer_idx in range(shape.num_moe_layers):
+                rng = np.random.default_rng((token, layer_idx))
+                state = torch.zeros(1, model.shape.hidden_size)
+                state[0, :size] = torch.from_numpy(rng.normal(size=size))
+                ids = rng.permutation(shape.num_experts)[None, : shape.top_k]
+                heard.append(predictor.in_pass(layer_idx, state))
+                weights = np.full(ids.shape, 0.5, np.float32)
+                predictor.observe(layer_idx, ids, weights, state)
+            heard.append(predictor.before_token(token, 1))
+        said.append([one.probability for one in heard if one is not None])
+    assert len(said[0]) == len(said[1]) > 2
+    for own, other in zip(*said, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-4, atol=1e-6)
+
+
+def test_a_widened_model_has_the_predictor_of_its_source(widened, folders, tmp_path):
+    assert choose_predictor("auto", widened).name == "ensemble"
+    config = read_config(folders["statistics"])
+    other = dict(widened.checkpoint.config)
+    other["widened_from"] = {**other["widened_from"], "fingerprint": "another"}
+    with pytest.raises(PredictorError, match="fingerprint"):
+        load_predictor(folders["statistics"], trained_shape(other, widened.shape))
+    assert (
+        trained_shape(widened.checkpoint.config, widened.shape).fingerprint
+        == (config["shape"]["fingerprint"])
+    )
+
+
+@pytest.mark.parametrize(
+    "source",
+    [{}, {"hidden_size": 0, "expert_size": 4, "fingerprint": ""}, [1],
+     {"hidden_size": 10**9, "expert_size": 4, "fingerprint": ""}],
+)  # fmt: skip
+def test_a_source_that_cannot_be_one_is_refused(source, loaded):
+    with pytest.raises(InvalidDataError, match="widened_from"):
+        trained_shape({"widened_from": source}, loaded.shape)
 
 
 def test_forecasts_that_are_not_numbers_switch_the_predictor_off(

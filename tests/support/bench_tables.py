@@ -105,6 +105,56 @@ def validated(document: Document) -> str:
     )
 
 
+def read_ahead(document: Document) -> str:
+    """Arms of `bench decode` at each budget, held against the one that reads nothing ahead."""
+    parts = []
+    for cache in dict.fromkeys(row["cache"] for row in document["rows"]):
+        rows = [row for row in document["rows"] if row["cache"] == cache]
+        demand = {row["budget"]: row for row in rows if row["arm"] == "on-demand"}
+        lines = [_read_ahead_line(row, demand.get(row["budget"])) for row in rows]
+        parts.append(f"{cache} caches:\n\n{markdown(Table('', READ_AHEAD, lines))}")
+    first = document["rows"][0]
+    link = first["link_bytes_per_s"] / 1e9
+    limits = [row["link_limit_bytes_per_s"] for row in document["rows"]]
+    limit = next(filter(None, limits), None)
+    throttled = f", throttled to {limit / 1e6:.0f} MB/s" if limit else ""
+    return (
+        "\n\n".join(parts)
+        + f"\n\nPlain read {first['read_bytes_per_s'] / 1e9:.0f} GB/s, link {link:.2f} GB/s"
+        f"{throttled}, {first['active_bytes_per_token'] / 1e6:.0f} MB active a token, "
+        f"{first['expert_bytes'] / 1e6:.1f} MB an expert, {first['threads']} threads. "
+        + origin(document)
+    )
+
+
+READ_AHEAD = [
+    "arm", "experts", "tokens/s", "paired ratio to on-demand", "stall, ms", "stall hidden", "late",
+    "MB a token", "to on-demand", "MB wasted", "share of roofline",
+]  # fmt: skip
+
+
+def _read_ahead_line(row: dict[str, Any], demand: dict[str, Any] | None) -> list[str]:
+    arm, _, predictor = row["arm"].partition(":")
+    name = Path(predictor or row["predictor"]).name
+    ratio, spread = row["ratio"], row["spread"]
+    is_held = demand is not None and demand is not row
+    hidden = 1 - row["stall_s_per_token"] / demand["stall_s_per_token"] if is_held else None
+    more = row["bytes_per_token"] / demand["bytes_per_token"] if is_held else None
+    return [
+        f"{arm}, {name}" if arm == "prefetch" else arm,
+        row["budget"],
+        f"{row['tokens_per_second']:.1f} ({spread['low']:.1f}-{spread['high']:.1f})",
+        f"{ratio['median']:.2f} ({ratio['low']:.2f}-{ratio['high']:.2f})" if is_held else "",
+        f"{1000 * row['stall_s_per_token']:.1f}",
+        "" if hidden is None else f"{100 * hidden:.0f} %",
+        percent(row["late_rate"]),
+        f"{row['bytes_per_token'] / 1e6:.1f}",
+        "" if more is None else f"{more:.2f}",
+        f"{row['wasted_bytes_per_token'] / 1e6:.1f}",
+        f"{100 * row['roofline_share']:.0f} %",
+    ]
+
+
 def plainly(kind: str) -> Callable[[Document], str]:
     """The tables as the report has them."""
 
@@ -122,8 +172,14 @@ WRITERS: dict[str, Callable[[Document], str]] = {
     "validate": validated,
     "transfer": plainly("transfer"),
     "decode": plainly("decode"),
+    "prefetch": read_ahead,
+    "prefetch-throttled": read_ahead,
     "kernels": plainly("kernels"),
 }
+
+
+# Results under names of their own, of a kind that has another one.
+KINDS = {"prefetch": "decode", "prefetch-throttled": "decode"}
 
 
 def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
@@ -135,8 +191,8 @@ def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
         if begin not in text or end not in text or not file.is_file():
             continue
         kind, document = read(file)
-        if kind != name:
-            raise SystemExit(f"{file}: a {kind} document, not {name}")
+        if kind != KINDS.get(name, name):
+            raise SystemExit(f"{file}: a {kind} document, not {KINDS.get(name, name)}")
         start, stop = text.index(begin) + len(begin), text.index(end)
         text = f"{text[:start]}\n{write(document)}\n{text[stop:]}"
         done.append(name)

@@ -12,6 +12,7 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.predictors.base import Forecast
 from outrider.runtime.errors import TransferError, UsageError
 from outrider.runtime.experts.cache import ExpertCache, Kind, SlotState
+from outrider.runtime.experts.controller import ASKED_STEPS, FIRST_STEPS
 from outrider.runtime.experts.eviction import LruEviction
 from outrider.runtime.experts.prefetcher import MAX_FAILURES, Prefetcher
 from outrider.runtime.testing import ManualTransfer, VirtualClock
@@ -369,3 +370,42 @@ def test_decisions_need_no_tensors() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_while_nothing_may_be_read_ahead_the_price_of_a_read_stays() -> None:
+    """Else it falls in each rest, and the next trial begins with reads that are mostly in vain."""
+    bench = Bench(mode="auto")
+    least = bench.prefetcher._price.least_probability
+    for _ in range(200):
+        if not bench.prefetcher.reach:
+            bench.prefetcher.end_step(stall_s=0.0, on_demand_bytes=NBYTES, wall_s=1.0)
+    assert bench.prefetcher._price.least_probability == least
+
+
+def test_an_estimate_counts_the_missing_experts_that_forecasts_spoke_of() -> None:
+    bench = Bench(mode="auto")
+    for _ in range(FIRST_STEPS):
+        bench.prefetcher.begin_step(is_decode=True)
+        assert not bench.prefetcher.wants_forecasts
+        bench.prefetcher.end_step(stall_s=0.5, on_demand_bytes=NBYTES, wall_s=1.0)
+    heard: list[tuple[int, int]] = []
+    controller = bench.prefetcher._controller
+    assert controller is not None
+    learn = controller.end_step
+
+    def listen(**measured: float) -> None:
+        heard.append((int(measured["num_absent"]), int(measured["num_foreseen"])))
+        learn(**measured)
+
+    controller.end_step = listen  # type: ignore[method-assign]
+    for step in range(5, 5 + ASKED_STEPS):
+        assert bench.prefetcher.wants_forecasts and not bench.prefetcher.reach
+        bench.prefetcher.offer(forecast(step, {key(1, 0): 0.9, key(2, 0): 0.9, key(2, 1): 0.1}))
+        bench.prefetcher.advance(step, 0)
+        assert not bench.queued(), "asked, and nothing read"
+        bench.prefetcher.missed(key(1, 0))
+        bench.prefetcher.missed(key(1, 3))
+        bench.prefetcher.advance(step, 1)
+        bench.prefetcher.missed(key(2, 1))
+        bench.prefetcher.end_step(stall_s=0.5, on_demand_bytes=3 * NBYTES, wall_s=1.0)
+    assert heard == [(3, 1)] * ASKED_STEPS

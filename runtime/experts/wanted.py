@@ -1,0 +1,69 @@
+"""Forecasts held for moments to come, and the experts that they speak for.
+
+Numbers and keys only; decides nothing.
+"""
+
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from ...collect.schema import ExpertKey, ModelShape
+from ...predictors.base import Forecast
+from .price import ReadPrice
+
+
+class Wanted(Collection[ExpertKey]):
+    """Keys whose next use is forecast as likely enough to be read ahead, looked up when asked.
+
+    `tables` holds the newest forecasts by step, [num_moe_layers, num_experts], 0 where there is
+    none; `position` is the moment at which execution stands, one moment per MoE layer and step.
+    """
+
+    def __init__(self, shape: ModelShape, price: ReadPrice) -> None:
+        self.tables: dict[int, np.ndarray] = {}
+        self.position = -1
+        self._shape = shape
+        self._price = price
+
+    def take(self, forecast: Forecast) -> bool:
+        """Take the newest forecast for its layers and step; False if its moments have passed."""
+        step, num_layers = forecast.step, self._shape.num_moe_layers
+        if step * num_layers + forecast.layer_to - 1 <= self.position:
+            return False
+        table = self.tables.get(step)
+        if table is None:
+            size = (num_layers, self._shape.num_experts)
+            table = self.tables[step] = np.zeros(size, np.float32)
+        table[forecast.layer_from : forecast.layer_to] = forecast.probability
+        return True
+
+    def forget_before(self, step: int) -> None:
+        """Forecasts for steps that have passed are let go."""
+        for gone in [one for one in self.tables if one < step]:
+            del self.tables[gone]
+
+    def clear(self) -> None:
+        """Nothing is forecast, and execution stands before everything."""
+        self.tables.clear()
+        self.position = -1
+
+    def __contains__(self, key: object) -> bool:
+        assert isinstance(key, ExpertKey)
+        least, num_layers = self._price.least_probability, self._shape.num_moe_layers
+        for step, table in self.tables.items():
+            if step * num_layers + key.layer_idx > self.position and table[key] >= least:
+                return True
+        return False
+
+    def __iter__(self) -> Iterator[ExpertKey]:
+        for layer_idx in range(self._shape.num_moe_layers):
+            for expert_idx in range(self._shape.num_experts):
+                if (key := ExpertKey(layer_idx, expert_idx)) in self:
+                    yield key
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        # Asked at each failed reserve, where counting would look at every expert of the model.
+        return bool(self.tables)
