@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 _FORMAT_IDS = {name: index for index, name in enumerate(FORMATS)}
 DTYPE_IDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCALE_PARTS = {"int8": "scale", "int4": "scale", "nf4": "absmax"}
-ISAS = ("avx512_vnni", "avx512", "avx2", "neon", "generic")
+ISAS = ("avx512_bf16", "avx512_vnni", "avx512", "avx2", "neon", "generic")
 _STATUS = {
     1: "token_idx holds a token that hidden_states has not",
     2: "slot_ids holds a slot that the arena has not",

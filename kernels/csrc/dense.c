@@ -46,8 +46,8 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         int64_t from = atomic_fetch_add(&dense->next[1], 1) * dense->rows;
         int64_t rows = matrix->n - from < dense->rows ? matrix->n - from : dense->rows;
         if (rows <= 0) break;
-        Run run = {matrix->weight + from * row_bytes(matrix->format, matrix->k), NULL, rows,
-                   matrix->k};
+        Run run = {.weight = matrix->weight + from * row_bytes(matrix->format, matrix->k),
+                   .rows = rows, .k = matrix->k};
         if (matrix->scale) run.scale = matrix->scale + from * scale_bytes(matrix->format, matrix->k);
         if (count <= MAX_ROW_TOKENS)
             kernels->rows[matrix->format][count - 1](&run, dense->tokens, scratch, buffer, rows);
@@ -95,7 +95,7 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
         dense.scratch = dense.x_sums + num_tokens * dense.sums;
         for (int64_t t = 0; t < num_tokens; t++)
             dense.tokens[t] =
-                (Prepared){dense.x_values + t * dense.values, dense.x_sums + t * dense.sums};
+                (Prepared){dense.x_values + t * dense.values, dense.x_sums + t * dense.sums, NULL};
         run_parallel(dense_body, &dense, num_threads);
     }
     free(dense.tokens);

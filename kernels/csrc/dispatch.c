@@ -5,6 +5,9 @@
 #include <string.h>
 
 static const Kernels *const candidates[] = {
+#if defined(HAS_BF16_PAIRS)
+    &kernels_avx512_bf16,
+#endif
 #if defined(__x86_64__)
     &kernels_avx512_vnni,
     &kernels_avx512,

@@ -2,7 +2,8 @@
 
    Rows of weights are the unit of work: whoever computes a row, and beside whom, its sum is the same.
    Experts with few tokens stream their rows once for all of them in two phases (gate and up, down) that
-   the layer's experts share; experts with many tokens go one after the other through register tiles. */
+   the layer's experts share; experts with many tokens go one after the other through register tiles,
+   which take bf16 inputs as they are where the processor multiplies bf16. */
 #include "outrider.h"
 
 #include <stdatomic.h>
@@ -24,9 +25,13 @@ typedef struct {
     Group *groups;
     int64_t *order; /* assignments by slot */
     int64_t num_groups, num_small;
+    int in_pairs; /* many tokens of one expert are computed in bf16 */
     int64_t values, sums, inner_values, inner_sums; /* floats a token takes */
+    int64_t pairs, inner_pairs;                     /* bf16 numbers a token takes */
     float *x_values, *x_sums;                       /* [T, values], [T, sums] */
+    uint16_t *x_pairs;                              /* [T, pairs] */
     float *h, *h_values, *h_sums;                   /* by row of `order`, or of the current tile */
+    uint16_t *h_pairs;
     float *scratch;
     int64_t scratch_size, sub;
     atomic_int *finished; /* parts of a 128-chunk of h that are there */
@@ -43,13 +48,31 @@ static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 static Run run_of(const Matrix *matrix, int64_t slot, int64_t row, int64_t rows) {
-    Run run = {matrix->weight + slot * matrix->weight_stride +
-                   row * row_bytes(matrix->format, matrix->k),
-               NULL, rows, matrix->k};
+    Run run = {.weight = matrix->weight + slot * matrix->weight_stride +
+                         row * row_bytes(matrix->format, matrix->k),
+               .rows = rows, .k = matrix->k};
     if (matrix->scale)
         run.scale = matrix->scale + slot * matrix->scale_stride +
                     row * scale_bytes(matrix->format, matrix->k);
     return run;
+}
+
+/* Rows [from, from + rows) of a projection, for the rows or the tiles; `next`: the row at which this
+   thread goes on, as far as one can tell. */
+typedef struct {
+    int64_t from, rows, next;
+    int tiled;
+} Part;
+
+static void multiply(const Plan *plan, int32_t format, const Run *run, const Prepared *tokens,
+                     int64_t count, int tiled, float *scratch, float *out, int64_t stride) {
+    const Kernels *kernels = plan->kernels;
+    if (!tiled)
+        kernels->rows[format][count - 1](run, tokens, scratch, out, stride);
+    else if (plan->in_pairs)
+        kernels->pairs[format](run, tokens, count, scratch, out, stride);
+    else
+        kernels->tiles(format, run, tokens, count, scratch, out, stride);
 }
 
 /* out[m * stride + i] += bias[row + i] */
@@ -64,23 +87,31 @@ static void add_bias(const Kernels *kernels, const Matrix *matrix, int64_t slot,
         for (int64_t i = 0; i < rows; i++) out[m * stride + i] += bias[i];
 }
 
-/* Gate and up rows [from, from + rows) for `count` tokens, activated: h[m * h_stride + i]. `buffer`
-   takes 2 * count * rows floats. */
-static void gate_and_up(const Plan *plan, int64_t slot, int64_t from, int64_t rows,
-                        const Prepared *tokens, int64_t count, int tiled, float *scratch,
-                        float *buffer, float *h, int64_t h_stride) {
+/* Have rows [row, row + rows) of a slot fetched while the tiles compute `run`. */
+static void fetch_meanwhile(Run *run, const Matrix *matrix, int64_t slot, int64_t row, int64_t rows) {
+    if (row >= matrix->n) return;
+    run->ahead = run_of(matrix, slot, row, rows).weight;
+    run->ahead_end = run->ahead + min64(rows, matrix->n - row) * row_bytes(matrix->format, matrix->k);
+}
+
+/* A part of gate and up for `count` tokens, activated: h[m * h_stride + i]. `buffer` takes
+   2 * count * rows floats. */
+static void gate_and_up(const Plan *plan, int64_t slot, Part part, const Prepared *tokens,
+                        int64_t count, float *scratch, float *buffer, float *h, int64_t h_stride) {
     const Kernels *kernels = plan->kernels;
     const Matrix *matrix = &plan->experts->gate_up;
     int joined = plan->experts->is_concatenated;
-    for (int part = 0; part < (joined ? 2 : 1); part++) {
-        int64_t row = joined ? from + part * (matrix->n / 2) : 2 * from;
+    int64_t rows = part.rows, half = matrix->n / 2;
+    for (int up = 0; up < (joined ? 2 : 1); up++) {
+        int64_t row = joined ? part.from + up * half : 2 * part.from;
         int64_t length = joined ? rows : 2 * rows;
         Run run = run_of(matrix, slot, row, length);
-        float *out = buffer + part * rows;
-        if (tiled)
-            kernels->tiles(matrix->format, &run, tokens, count, scratch, out, 2 * rows);
-        else
-            kernels->rows[matrix->format][count - 1](&run, tokens, scratch, out, 2 * rows);
+        float *out = buffer + up * rows;
+        if (joined && !up)
+            fetch_meanwhile(&run, matrix, slot, row + half, rows);
+        else if (part.next < half)
+            fetch_meanwhile(&run, matrix, slot, joined ? part.next : 2 * part.next, length);
+        multiply(plan, matrix->format, &run, tokens, count, part.tiled, scratch, out, 2 * rows);
         add_bias(kernels, matrix, slot, row, length, count, out, 2 * rows);
     }
     for (int64_t m = 0; m < count; m++) {
@@ -96,17 +127,16 @@ static void gate_and_up(const Plan *plan, int64_t slot, int64_t from, int64_t ro
     }
 }
 
-/* Down rows [from, from + rows) for `count` tokens, rounded to the outputs. */
-static void down(const Plan *plan, const Group *group, int64_t skip, int64_t from, int64_t rows,
-                 const Prepared *tokens, int64_t count, int tiled, float *scratch, float *buffer) {
+/* A part of down for `count` tokens of a group behind its first `skip`, rounded to the outputs. */
+static void down(const Plan *plan, const Group *group, int64_t skip, Part part,
+                 const Prepared *tokens, int64_t count, float *scratch, float *buffer) {
     const Kernels *kernels = plan->kernels;
     const Matrix *matrix = &plan->experts->down;
     const Inputs *in = plan->in;
+    int64_t from = part.from, rows = part.rows;
     Run run = run_of(matrix, group->slot, from, rows);
-    if (tiled)
-        kernels->tiles(matrix->format, &run, tokens, count, scratch, buffer, rows);
-    else
-        kernels->rows[matrix->format][count - 1](&run, tokens, scratch, buffer, rows);
+    fetch_meanwhile(&run, matrix, group->slot, part.next, rows);
+    multiply(plan, matrix->format, &run, tokens, count, part.tiled, scratch, buffer, rows);
     add_bias(kernels, matrix, group->slot, from, rows, count, buffer, rows);
     for (int64_t m = 0; m < count; m++) {
         int64_t assignment = plan->order[group->begin + skip + m];
@@ -119,25 +149,33 @@ static void down(const Plan *plan, const Group *group, int64_t skip, int64_t fro
 
 static void prepare_tokens(const Plan *plan, float *scratch) {
     const Inputs *in = plan->in;
+    const Kernels *kernels = plan->kernels;
+    int32_t format = plan->experts->gate_up.format;
     int64_t k = plan->experts->gate_up.k;
+    int all_in_pairs = plan->in_pairs && plan->num_small == 0;
     for (;;) {
         int64_t t = atomic_fetch_add(&plan->next[0], 1);
         if (t >= in->num_tokens) return;
-        plan->kernels->widen(in->format, in->x + t * in->x_stride, k, scratch);
-        plan->kernels->prepare(plan->experts->gate_up.format, scratch, k, 0, k,
-                               plan->x_values + t * plan->values, plan->x_sums + t * plan->sums);
+        kernels->widen(in->format, in->x + t * in->x_stride, k, scratch);
+        if (!all_in_pairs)
+            kernels->prepare(format, scratch, k, 0, k, plan->x_values + t * plan->values,
+                             plan->x_sums + t * plan->sums);
+        if (plan->in_pairs)
+            kernels->prepare_pairs(format, scratch, k, plan->x_pairs + t * plan->pairs);
     }
 }
 
 static Prepared token_of(const Plan *plan, int64_t position) {
     const Inputs *in = plan->in;
     int64_t t = read_index(in->token_idx, in->token_idx_wide, plan->order[position]);
-    return (Prepared){plan->x_values + t * plan->values, plan->x_sums + t * plan->sums};
+    return (Prepared){plan->x_values + t * plan->values, plan->x_sums + t * plan->sums,
+                      plan->x_pairs + t * plan->pairs};
 }
 
 static Prepared inner_of(const Plan *plan, int64_t row) {
     return (Prepared){plan->h_values + row * plan->inner_values,
-                      plan->h_sums + row * plan->inner_sums};
+                      plan->h_sums + row * plan->inner_sums,
+                      plan->h_pairs + row * plan->inner_pairs};
 }
 
 static void prepare_inner(const Plan *plan, int64_t row, int64_t from, int64_t to) {
@@ -161,8 +199,8 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         if (rows > 0) {
             Prepared tokens[MAX_ROW_TOKENS];
             for (int64_t m = 0; m < group->count; m++) tokens[m] = token_of(plan, group->begin + m);
-            gate_and_up(plan, group->slot, from, rows, tokens, group->count, 0, scratch, buffer,
-                        plan->h + group->begin * inner + from, inner);
+            gate_and_up(plan, group->slot, (Part){from, rows, inner, 0}, tokens, group->count, scratch,
+                        buffer, plan->h + group->begin * inner + from, inner);
         }
         /* Whoever finishes a chunk last lays it out for the down rows. */
         if (atomic_fetch_add(&plan->finished[chunk], 1) == parts - 1)
@@ -178,8 +216,8 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         int64_t from = job % chunks * plan->sub;
         Prepared tokens[MAX_ROW_TOKENS];
         for (int64_t m = 0; m < group->count; m++) tokens[m] = inner_of(plan, group->begin + m);
-        down(plan, group, 0, from, min64(plan->sub, hidden - from), tokens, group->count, 0,
-             scratch, buffer);
+        down(plan, group, 0, (Part){from, min64(plan->sub, hidden - from), hidden, 0}, tokens,
+             group->count, scratch, buffer);
     }
 }
 
@@ -188,27 +226,32 @@ static void large_group(Plan *plan, const Group *group, int64_t skip, atomic_llo
                         int32_t num_threads, float *scratch, float *buffer) {
     int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
     int64_t count = min64(group->count - skip, TOKENS_AT_ONCE);
+    int64_t ahead = (int64_t)num_threads * TILE_CHUNK;
     Prepared tokens[TOKENS_AT_ONCE];
     for (int64_t m = 0; m < count; m++) tokens[m] = token_of(plan, group->begin + skip + m);
     for (;;) {
         int64_t from = atomic_fetch_add(&next[0], 1) * TILE_CHUNK;
         if (from >= inner) break;
-        gate_and_up(plan, group->slot, from, min64(TILE_CHUNK, inner - from), tokens, count, 1,
-                    scratch, buffer, plan->h + from, inner);
+        Part part = {from, min64(TILE_CHUNK, inner - from), from + ahead, 1};
+        gate_and_up(plan, group->slot, part, tokens, count, scratch, buffer, plan->h + from, inner);
     }
     barrier_wait(&plan->barrier, num_threads);
     for (;;) {
         int64_t row = atomic_fetch_add(&next[1], 1);
         if (row >= count) break;
-        prepare_inner(plan, row, 0, inner);
+        if (plan->in_pairs)
+            plan->kernels->prepare_pairs(plan->experts->down.format, plan->h + row * inner, inner,
+                                         plan->h_pairs + row * plan->inner_pairs);
+        else
+            prepare_inner(plan, row, 0, inner);
     }
     barrier_wait(&plan->barrier, num_threads);
     for (int64_t m = 0; m < count; m++) tokens[m] = inner_of(plan, m);
     for (;;) {
         int64_t from = atomic_fetch_add(&next[2], 1) * TILE_CHUNK;
         if (from >= hidden) break;
-        down(plan, group, skip, from, min64(TILE_CHUNK, hidden - from), tokens, count, 1,
-             scratch, buffer);
+        Part part = {from, min64(TILE_CHUNK, hidden - from), from + ahead, 1};
+        down(plan, group, skip, part, tokens, count, scratch, buffer);
     }
     barrier_wait(&plan->barrier, num_threads);
 }
@@ -282,6 +325,12 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
     plan.sums = (kernels->sums_size(experts->gate_up.format, hidden) + 15) / 16 * 16;
     plan.inner_values = kernels->values_size(experts->down.format, inner);
     plan.inner_sums = (kernels->sums_size(experts->down.format, inner) + 15) / 16 * 16;
+    plan.in_pairs = in->format == BF16 && kernels->pairs[experts->gate_up.format] &&
+                    kernels->pairs[experts->down.format];
+    if (plan.in_pairs) {
+        plan.pairs = kernels->pairs_size(hidden);
+        plan.inner_pairs = kernels->pairs_size(inner);
+    }
     plan.groups = malloc(sizeof(Group) * (size_t)min64(n, experts->num_slots));
     plan.order = malloc(sizeof(int64_t) * (size_t)n);
     int64_t steps = plan.groups && plan.order ? group_assignments(&plan) : -1;
@@ -299,6 +348,7 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
             4 * in->num_tokens * plan.values, 4 * in->num_tokens * plan.sums,
             4 * rows * inner,                 4 * rows * plan.inner_values,
             4 * rows * plan.inner_sums,       4 * num_threads * plan.scratch_size,
+            2 * in->num_tokens * plan.pairs,  2 * rows * plan.inner_pairs,
             (int64_t)sizeof(atomic_int) * chunks, (int64_t)sizeof(atomic_llong) * (3 + 3 * steps)};
         int64_t total = 64;
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i] + 64;
@@ -313,10 +363,12 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
             plan.h_values = take(&at, sizes[3]);
             plan.h_sums = take(&at, sizes[4]);
             plan.scratch = take(&at, sizes[5]);
-            plan.finished = take(&at, sizes[6]);
-            plan.next = take(&at, sizes[7]);
-            memset(plan.finished, 0, (size_t)sizes[6]);
-            memset(plan.next, 0, (size_t)sizes[7]);
+            plan.x_pairs = take(&at, sizes[6]);
+            plan.h_pairs = take(&at, sizes[7]);
+            plan.finished = take(&at, sizes[8]);
+            plan.next = take(&at, sizes[9]);
+            memset(plan.finished, 0, (size_t)sizes[8]);
+            memset(plan.next, 0, (size_t)sizes[9]);
             run_parallel(experts_body, &plan, num_threads);
             free(memory);
         }

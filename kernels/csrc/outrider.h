@@ -31,12 +31,14 @@ typedef struct {
 typedef struct {
     const uint8_t *weight, *scale; /* of the first row */
     int64_t rows, k;
+    const uint8_t *ahead, *ahead_end; /* tiles: weights that are wanted next, or NULL twice */
 } Run;
 
 /* Inputs of one token as a kernel wants them: permuted, padded with zeros, scaled by powers of two. */
 typedef struct {
     const float *values;
     const float *sums; /* INT4: 8 x the sum of each group, else unused */
+    const uint16_t *pairs; /* the inputs in bf16, where `pairs` serves */
 } Prepared;
 
 typedef struct {
@@ -56,6 +58,12 @@ typedef struct {
     void (*tiles)(int32_t format, const Run *run, const Prepared *tokens, int64_t num_tokens,
                   float *scratch, float *out, int64_t stride);
     int64_t tiles_scratch; /* floats */
+    /* tiles of bf16 inputs by products of bf16 pairs; NULL where the processor or the format has none.
+       pairs_size: bf16 numbers that `pairs` of k inputs takes */
+    int64_t (*pairs_size)(int64_t k);
+    void (*prepare_pairs)(int32_t format, const float *x, int64_t k, uint16_t *pairs);
+    void (*pairs[NUM_FORMATS])(const Run *run, const Prepared *tokens, int64_t num_tokens,
+                               float *scratch, float *out, int64_t stride);
     void (*activate)(int32_t activation, const float *gate, const float *up, int64_t count,
                      float *out);
     void (*widen)(int32_t format, const void *in, int64_t count, float *out);
@@ -63,7 +71,11 @@ typedef struct {
     float (*read)(const uint8_t *bytes, int64_t count);
 } Kernels;
 
-extern const Kernels kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_neon, kernels_generic;
+#if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 11)
+#define HAS_BF16_PAIRS /* the compiler knows the instructions and how to ask for them */
+#endif
+extern const Kernels kernels_avx512_bf16, kernels_avx512_vnni, kernels_avx512, kernels_avx2, kernels_neon,
+    kernels_generic;
 
 /* Bytes of one row of weights and of its scales. */
 static inline int64_t row_bytes(int32_t format, int64_t k) {

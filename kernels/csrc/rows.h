@@ -12,8 +12,6 @@
 #define PERIOD 128                             /* after which the permutation repeats */
 #define PADDED (BLOCK > GROUP ? BLOCK : GROUP) /* inputs are padded with zeros to a multiple */
 
-enum { TILE_ROWS = 3, PANEL_ROWS = 12, PANEL_K = 512, TILE_TOKENS = 256 };
-
 static int16_t source_offset[NUM_FORMATS][PERIOD];
 static float source_factor[NUM_FORMATS][PERIOD];
 
@@ -189,8 +187,12 @@ static void prepare(int32_t format, const float *x, int64_t k, int64_t from, int
 #endif
 }
 
-#include "tiles.h"
+#include "slices.h"
 #include "elementwise.h"
+#include "tiles.h"
+#if defined(ISA_BF16)
+#include "pairs.h"
+#endif
 
 #define ROW_ARGUMENTS                                                                             \
     const Run *run, const Prepared *inputs, float *scratch, float *out, int64_t stride
@@ -253,7 +255,14 @@ const Kernels KERNELS = {
     .prepare = prepare,
     .rows = {TABLE(fp32), TABLE(bf16), TABLE(fp16), TABLE(int8), TABLE(int4), TABLE(nf4)},
     .tiles = tiles,
-    .tiles_scratch = PANEL_ROWS * PANEL_K + TILE_TOKENS * PANEL_ROWS * W + 512,
+#if defined(ISA_BF16)
+    .tiles_scratch = TILE_ROWS * (PAIR_SLICE / 2 + PAIR_SLICE / 8),
+    .pairs_size = pairs_size,
+    .prepare_pairs = prepare_pairs,
+    .pairs = {[BF16] = bf16_pairs, [INT8] = int8_pairs, [INT4] = int4_pairs},
+#else
+    .tiles_scratch = TILE_ROWS * SLICE,
+#endif
     .activate = activate,
     .widen = widen,
     .narrow = narrow,

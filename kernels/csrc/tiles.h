@@ -1,19 +1,18 @@
-/* Register tiles for many tokens of one expert, and the elementwise loops; part of rows.h.
+/* Register tiles for many tokens of one expert; part of rows.h.
 
-   A panel of rows is dequantised once, a slice of K at a time, into memory that stays in the first
-   caches; each slice then meets every token. Each output's sum runs over K in one fixed order, whatever
-   tile it lies in, so its bits do not depend on how many tokens there are. */
+   A slice of a few rows is dequantised once, into memory that stays in the first cache, and then meets
+   every token. An output is the sum of its slices' sums, in order, so its bits do not depend on how many
+   tokens there are. */
 
-/* rows [count, PANEL_K] of slice [at, at + width) in `prepare`'s order; scales as rows of floats */
+/* Slice [at, at + width) of a row in `prepare`'s order. */
 static void expand(int32_t format, const Run *run, int64_t row, int64_t at, int64_t width,
-                   float *scales, float *out) {
+                   float *out) {
     int64_t bytes = row_bytes(format, run->k), begin = at / BLOCK * block_bytes(format);
     const uint8_t *p = run->weight + row * bytes + begin;
     int64_t rest = bytes - begin;
     Levels levels = load_levels();
-    if (format == INT4 || format == NF4)
-        widen_scales(format, run->scale + row * scale_bytes(format, run->k),
-                     (run->k + GROUP - 1) / GROUP, scales);
+    float scales[SLICE / GROUP + W];
+    if (format == INT4 || format == NF4) slice_scales(format, run, row, at, SLICE, scales);
     for (int64_t done = 0; done < width;
          done += BLOCK, p += block_bytes(format), rest -= block_bytes(format)) {
         uint8_t last[BLOCK * 4] = {0};
@@ -24,11 +23,11 @@ static void expand(int32_t format, const Run *run, int64_t row, int64_t at, int6
         }
         vf w[8];
         if (format == NF4) {
-            vf scale = block_scale(scales, (at + done) / BLOCK);
+            vf scale = block_scale(scales, done / BLOCK);
             decode_nf4(load_int(from), levels, w);
             UNROLL for (int j = 0; j < 8; j++) w[j] *= scale;
         } else if (format == INT4) {
-            vf scale = block_scale(scales, (at + done) / BLOCK);
+            vf scale = block_scale(scales, done / BLOCK);
             vi v = load_int(from);
             float power = 1;
             UNROLL for (int j = 0; j < 8; j++) {
@@ -45,66 +44,61 @@ static void expand(int32_t format, const Run *run, int64_t row, int64_t at, int6
     }
 }
 
-INLINE void tile(int tokens, const float *panel, const float *const *x, int64_t width, float *part,
-                 int first) {
-    vf acc[TILE_ROWS][4];
-    UNROLL for (int r = 0; r < TILE_ROWS; r++)
-        UNROLL for (int m = 0; m < tokens; m++)
-            acc[r][m] = first ? (vf){0} : load(part + (m * PANEL_ROWS + r) * W);
+/* sums[m][r] of row r and token m over `width` inputs; rows lie SLICE floats apart. */
+INLINE void tile(int tokens, const float *rows, const float *const *x, int64_t width, Ahead *ahead,
+                 float sums[TILE_TOKENS][TILE_ROWS]) {
+    vf acc[TILE_TOKENS][TILE_ROWS];
+    UNROLL for (int m = 0; m < tokens; m++)
+        UNROLL for (int r = 0; r < TILE_ROWS; r++) acc[m][r] = (vf){0};
     for (int64_t i = 0; i < width; i += W) {
         vf w[TILE_ROWS];
-        UNROLL for (int r = 0; r < TILE_ROWS; r++) w[r] = load(panel + r * PANEL_K + i);
+        UNROLL for (int r = 0; r < TILE_ROWS; r++) w[r] = load(rows + r * SLICE + i);
         UNROLL for (int m = 0; m < tokens; m++) {
             vf in = load(x[m] + i);
-            UNROLL for (int r = 0; r < TILE_ROWS; r++) acc[r][m] = fma_(w[r], in, acc[r][m]);
+            UNROLL for (int r = 0; r < TILE_ROWS; r++) acc[m][r] = fma_(w[r], in, acc[m][r]);
         }
+        fetch_ahead(ahead);
     }
-    UNROLL for (int r = 0; r < TILE_ROWS; r++)
-        UNROLL for (int m = 0; m < tokens; m++)
-            store(part + (m * PANEL_ROWS + r) * W, acc[r][m]);
+    UNROLL for (int m = 0; m < tokens; m++) sum_rows(acc[m], sums[m]);
 }
 
-static void panel_tokens(const float *panel, const Prepared *tokens, int64_t num_tokens, int64_t at,
-                         int64_t width, float *part) {
-    for (int64_t t = 0; t < num_tokens; t += 4) {
-        const float *x[4];
-        int64_t count = num_tokens - t < 4 ? num_tokens - t : 4;
-        for (int64_t m = 0; m < count; m++) x[m] = tokens[t + m].values + at;
-        for (int r = 0; r < PANEL_ROWS; r += TILE_ROWS) {
-            const float *rows = panel + r * PANEL_K;
-            float *to = part + (t * PANEL_ROWS + r) * W;
-            switch (count) {
-            case 1: tile(1, rows, x, width, to, at == 0); break;
-            case 2: tile(2, rows, x, width, to, at == 0); break;
-            case 3: tile(3, rows, x, width, to, at == 0); break;
-            default: tile(4, rows, x, width, to, at == 0);
-            }
-        }
+static void tile_of(int64_t tokens, const float *rows, const float *const *x, int64_t width,
+                    Ahead *ahead, float sums[TILE_TOKENS][TILE_ROWS]) {
+    switch (tokens) {
+    case 1: tile(1, rows, x, width, ahead, sums); break;
+    case 2: tile(2, rows, x, width, ahead, sums); break;
+    case 3: tile(3, rows, x, width, ahead, sums); break;
+#if TILE_TOKENS > 4
+    case 4: tile(4, rows, x, width, ahead, sums); break;
+    case 5: tile(5, rows, x, width, ahead, sums); break;
+#endif
+    default: tile(TILE_TOKENS, rows, x, width, ahead, sums);
     }
 }
 
 static void tiles(int32_t format, const Run *run, const Prepared *tokens, int64_t num_tokens,
                   float *scratch, float *out, int64_t stride) {
-    float *panel = scratch, *part = panel + PANEL_ROWS * PANEL_K;
-    float *scales = part + TILE_TOKENS * PANEL_ROWS * W;
     int64_t padded = (run->k + PADDED - 1) / PADDED * PADDED;
-    for (int64_t row = 0; row < run->rows; row += PANEL_ROWS) {
-        int64_t count = run->rows - row < PANEL_ROWS ? run->rows - row : PANEL_ROWS;
-        if (count < PANEL_ROWS) memset(panel, 0, sizeof(float) * PANEL_ROWS * PANEL_K);
-        for (int64_t begin = 0; begin < num_tokens; begin += TILE_TOKENS) {
-            int64_t here = num_tokens - begin < TILE_TOKENS ? num_tokens - begin : TILE_TOKENS;
-            for (int64_t at = 0; at < padded; at += PANEL_K) {
-                int64_t width = padded - at < PANEL_K ? padded - at : PANEL_K;
-                for (int64_t r = 0; r < count; r++)
-                    expand(format, run, row + r, at, width, scales, panel + r * PANEL_K);
-                panel_tokens(panel, tokens + begin, here, at, width, part);
-            }
-            for (int64_t r = 0; r < count; r++) {
-                float scale = 1;
-                if (format == INT8) memcpy(&scale, run->scale + 4 * (row + r), 4);
-                for (int64_t m = 0; m < here; m++)
-                    out[(begin + m) * stride + row + r] =
-                        sum(load(part + (m * PANEL_ROWS + r) * W)) * scale;
+    Ahead ahead = {run->ahead, run->ahead_end};
+    for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_TOGETHER) {
+        int64_t end = begin + TOKENS_TOGETHER < num_tokens ? begin + TOKENS_TOGETHER : num_tokens;
+        for (int64_t at = 0; at < padded; at += SLICE) {
+            int64_t width = padded - at < SLICE ? padded - at : SLICE;
+            for (int64_t row = 0; row < run->rows; row += TILE_ROWS) {
+                int64_t rows = run->rows - row < TILE_ROWS ? run->rows - row : TILE_ROWS;
+                float scales[TILE_ROWS], sums[TILE_TOKENS][TILE_ROWS];
+                for (int64_t r = 0; r < TILE_ROWS; r++)
+                    if (r < rows) expand(format, run, row + r, at, width, scratch + r * SLICE);
+                    else memset(scratch + r * SLICE, 0, sizeof(float) * (size_t)width);
+                row_scales(format, run, row, rows, scales);
+                for (int64_t t = begin, count; t < end; t += count) {
+                    const float *x[TILE_TOKENS];
+                    count = even_part(end - t, TILE_TOKENS);
+                    for (int64_t m = 0; m < count; m++) x[m] = tokens[t + m].values + at;
+                    tile_of(count, scratch, x, width, &ahead, sums);
+                    for (int64_t m = 0; m < count; m++)
+                        add_sums(sums[m], scales, rows, at == 0, out + (t + m) * stride + row);
+                }
             }
         }
     }
