@@ -1,8 +1,9 @@
 """One dense matrix product from the parts of a format: what stands for `nn.Linear`.
 
-A few rows stream the weights through native code; many rows go through PyTorch's fp32 product in
-blocks, since its bf16 and fp16 products are several times slower on processors without units for
-them. Either way products are summed in fp32 and rounded once. Knows no model.
+A few rows stream the weights through native code, and many in bf16 do where the processor has a
+bf16 unit; else many rows go through PyTorch's fp32 product in blocks, since its bf16 and fp16
+products are several times slower on processors without units for them. Either way products are
+summed in fp32 and rounded once. Knows no model.
 """
 
 from collections.abc import Mapping
@@ -15,7 +16,8 @@ from . import native
 from .quantization import dequantize
 
 MAX_NATIVE_TOKENS = 32
-"""Above this many rows the widened fp32 product is faster (measured: bench/LOG.md)."""
+"""Above this many rows the widened fp32 product is faster than native code that has no bf16 unit
+(measured: bench/LOG.md)."""
 
 _BLOCK_BYTES = 16 << 20
 
@@ -47,7 +49,7 @@ def linear(
     elif fmt == "fp32" and rows.dtype == torch.float32:
         out = functional.linear(rows, parts["weight"], bias)
     elif (
-        rows.shape[0] <= MAX_NATIVE_TOKENS
+        (rows.shape[0] <= MAX_NATIVE_TOKENS or native.has_bf16_products(fmt, rows.dtype))
         and native.is_available()
         and native.serves_width(fmt, shape[1])
         and rows.device.type == "cpu"

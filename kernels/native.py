@@ -128,6 +128,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_use_fork.restype = None
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
+    lib.outrider_has_bf16_products.argtypes = [narrow]
     lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, narrow, pointer]
     lib.outrider_attend.argtypes = [pointer] * 6 + [wide, wide, narrow]
     lib.outrider_gated_mlp.argtypes = [pointer, pointer, pointer, narrow]
@@ -180,6 +181,14 @@ def use_isa(name: str) -> bool:
     """
     lib = library()
     return lib is not None and bool(lib.outrider_use_isa(name.encode()))
+
+
+def has_bf16_products(fmt: str, dtype: torch.dtype) -> bool:
+    """Whether many rows of `dtype` meet weights of `fmt` in the processor's bf16 unit."""
+    lib = library()
+    if lib is None or dtype != torch.bfloat16:
+        return False
+    return bool(lib.outrider_has_bf16_products(_FORMAT_IDS[fmt]))
 
 
 def serves(weights: ExpertWeights) -> bool:

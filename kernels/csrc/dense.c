@@ -19,9 +19,11 @@ typedef struct {
     const Matrix *matrix;
     const uint8_t *x;
     uint8_t *out;
-    int64_t num_tokens, x_stride, values, sums, scratch_size, rows;
+    int64_t num_tokens, x_stride, values, sums, pairs, scratch_size, rows;
     int32_t format;
+    int in_pairs; /* many tokens are computed in bf16 */
     float *x_values, *x_sums, *scratch;
+    uint16_t *x_pairs;
     Prepared *tokens;
     atomic_llong next[2];
     Barrier barrier;
@@ -38,8 +40,12 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         int64_t t = atomic_fetch_add(&dense->next[0], 1);
         if (t >= count) break;
         kernels->widen(dense->format, dense->x + t * dense->x_stride, matrix->k, scratch);
-        kernels->prepare(matrix->format, scratch, matrix->k, 0, matrix->k,
-                         dense->x_values + t * dense->values, dense->x_sums + t * dense->sums);
+        if (dense->in_pairs)
+            kernels->prepare_pairs(matrix->format, scratch, matrix->k,
+                                   dense->x_pairs + t * dense->pairs);
+        else
+            kernels->prepare(matrix->format, scratch, matrix->k, 0, matrix->k,
+                             dense->x_values + t * dense->values, dense->x_sums + t * dense->sums);
     }
     barrier_wait(&dense->barrier, num_threads);
     for (;;) {
@@ -51,6 +57,8 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         if (matrix->scale) run.scale = matrix->scale + from * scale_bytes(matrix->format, matrix->k);
         if (count <= MAX_ROW_TOKENS)
             kernels->rows[matrix->format][count - 1](&run, dense->tokens, scratch, buffer, rows);
+        else if (dense->in_pairs)
+            kernels->pairs[matrix->format](&run, dense->tokens, count, scratch, buffer, rows);
         else
             kernels->tiles(matrix->format, &run, dense->tokens, count, scratch, buffer, rows);
         if (matrix->bias) {
@@ -72,8 +80,13 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
     Dense dense = {.kernels = kernels, .matrix = matrix, .x = x, .out = out,
                    .num_tokens = num_tokens, .x_stride = x_stride, .format = format};
     if (num_tokens == 0) return OK;
-    dense.values = kernels->values_size(matrix->format, matrix->k);
-    dense.sums = (kernels->sums_size(matrix->format, matrix->k) + 15) / 16 * 16;
+    dense.in_pairs = format == BF16 && num_tokens > MAX_ROW_TOKENS && kernels->pairs[matrix->format];
+    if (dense.in_pairs) {
+        dense.pairs = kernels->pairs_size(matrix->k);
+    } else {
+        dense.values = kernels->values_size(matrix->format, matrix->k);
+        dense.sums = (kernels->sums_size(matrix->format, matrix->k) + 15) / 16 * 16;
+    }
     dense.rows = ROWS_AT_ONCE;
     if (num_tokens <= MAX_ROW_TOKENS) {
         dense.rows = 128;
@@ -81,7 +94,7 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
     }
     dense.scratch_size = (kernels->tiles_scratch > matrix->k ? kernels->tiles_scratch : matrix->k) +
                          16 * (matrix->k / GROUP + 32) + num_tokens * dense.rows;
-    size_t floats = (size_t)(num_tokens * (dense.values + dense.sums) +
+    size_t floats = (size_t)(num_tokens * (dense.values + dense.sums + dense.pairs / 2) +
                              num_threads * dense.scratch_size);
     /* whole cache lines: vectors of digits must not straddle two */
     dense.scratch_size = (dense.scratch_size + 15) / 16 * 16;
@@ -92,10 +105,12 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
     if (status == OK) {
         dense.x_values = memory;
         dense.x_sums = memory + num_tokens * dense.values;
-        dense.scratch = dense.x_sums + num_tokens * dense.sums;
+        dense.x_pairs = (uint16_t *)(dense.x_sums + num_tokens * dense.sums);
+        dense.scratch = dense.x_sums + num_tokens * (dense.sums + dense.pairs / 2);
         for (int64_t t = 0; t < num_tokens; t++)
             dense.tokens[t] =
-                (Prepared){dense.x_values + t * dense.values, dense.x_sums + t * dense.sums, NULL};
+                (Prepared){dense.x_values + t * dense.values, dense.x_sums + t * dense.sums,
+                           dense.x_pairs + t * dense.pairs};
         run_parallel(dense_body, &dense, num_threads);
     }
     free(dense.tokens);

@@ -2,6 +2,7 @@
 #include "dispatch.h"
 
 #include <stdatomic.h>
+#include <stddef.h>
 #include <string.h>
 
 static const Kernels *const candidates[] = {
@@ -40,3 +41,6 @@ int outrider_use_isa(const char *name) {
         }
     return 0;
 }
+
+/* Whether bf16 inputs, more than a few, meet weights of `format` in the processor's bf16 unit. */
+int outrider_has_bf16_products(int32_t format) { return active_kernels()->pairs[format] != NULL; }

@@ -57,13 +57,6 @@ static Run run_of(const Matrix *matrix, int64_t slot, int64_t row, int64_t rows)
     return run;
 }
 
-/* Rows [from, from + rows) of a projection, for the rows or the tiles; `next`: the row at which this
-   thread goes on, as far as one can tell. */
-typedef struct {
-    int64_t from, rows, next;
-    int tiled;
-} Part;
-
 static void multiply(const Plan *plan, int32_t format, const Run *run, const Prepared *tokens,
                      int64_t count, int tiled, float *scratch, float *out, int64_t stride) {
     const Kernels *kernels = plan->kernels;
@@ -87,31 +80,20 @@ static void add_bias(const Kernels *kernels, const Matrix *matrix, int64_t slot,
         for (int64_t i = 0; i < rows; i++) out[m * stride + i] += bias[i];
 }
 
-/* Have rows [row, row + rows) of a slot fetched while the tiles compute `run`. */
-static void fetch_meanwhile(Run *run, const Matrix *matrix, int64_t slot, int64_t row, int64_t rows) {
-    if (row >= matrix->n) return;
-    run->ahead = run_of(matrix, slot, row, rows).weight;
-    run->ahead_end = run->ahead + min64(rows, matrix->n - row) * row_bytes(matrix->format, matrix->k);
-}
-
-/* A part of gate and up for `count` tokens, activated: h[m * h_stride + i]. `buffer` takes
-   2 * count * rows floats. */
-static void gate_and_up(const Plan *plan, int64_t slot, Part part, const Prepared *tokens,
-                        int64_t count, float *scratch, float *buffer, float *h, int64_t h_stride) {
+/* Gate and up rows [from, from + rows) for `count` tokens, activated: h[m * h_stride + i]. `buffer`
+   takes 2 * count * rows floats. */
+static void gate_and_up(const Plan *plan, int64_t slot, int64_t from, int64_t rows,
+                        const Prepared *tokens, int64_t count, int tiled, float *scratch,
+                        float *buffer, float *h, int64_t h_stride) {
     const Kernels *kernels = plan->kernels;
     const Matrix *matrix = &plan->experts->gate_up;
     int joined = plan->experts->is_concatenated;
-    int64_t rows = part.rows, half = matrix->n / 2;
-    for (int up = 0; up < (joined ? 2 : 1); up++) {
-        int64_t row = joined ? part.from + up * half : 2 * part.from;
+    for (int part = 0; part < (joined ? 2 : 1); part++) {
+        int64_t row = joined ? from + part * (matrix->n / 2) : 2 * from;
         int64_t length = joined ? rows : 2 * rows;
         Run run = run_of(matrix, slot, row, length);
-        float *out = buffer + up * rows;
-        if (joined && !up)
-            fetch_meanwhile(&run, matrix, slot, row + half, rows);
-        else if (part.next < half)
-            fetch_meanwhile(&run, matrix, slot, joined ? part.next : 2 * part.next, length);
-        multiply(plan, matrix->format, &run, tokens, count, part.tiled, scratch, out, 2 * rows);
+        float *out = buffer + part * rows;
+        multiply(plan, matrix->format, &run, tokens, count, tiled, scratch, out, 2 * rows);
         add_bias(kernels, matrix, slot, row, length, count, out, 2 * rows);
     }
     for (int64_t m = 0; m < count; m++) {
@@ -127,16 +109,14 @@ static void gate_and_up(const Plan *plan, int64_t slot, Part part, const Prepare
     }
 }
 
-/* A part of down for `count` tokens of a group behind its first `skip`, rounded to the outputs. */
-static void down(const Plan *plan, const Group *group, int64_t skip, Part part,
-                 const Prepared *tokens, int64_t count, float *scratch, float *buffer) {
+/* Down rows [from, from + rows) for `count` tokens, rounded to the outputs. */
+static void down(const Plan *plan, const Group *group, int64_t skip, int64_t from, int64_t rows,
+                 const Prepared *tokens, int64_t count, int tiled, float *scratch, float *buffer) {
     const Kernels *kernels = plan->kernels;
     const Matrix *matrix = &plan->experts->down;
     const Inputs *in = plan->in;
-    int64_t from = part.from, rows = part.rows;
     Run run = run_of(matrix, group->slot, from, rows);
-    fetch_meanwhile(&run, matrix, group->slot, part.next, rows);
-    multiply(plan, matrix->format, &run, tokens, count, part.tiled, scratch, buffer, rows);
+    multiply(plan, matrix->format, &run, tokens, count, tiled, scratch, buffer, rows);
     add_bias(kernels, matrix, group->slot, from, rows, count, buffer, rows);
     for (int64_t m = 0; m < count; m++) {
         int64_t assignment = plan->order[group->begin + skip + m];
@@ -199,8 +179,8 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         if (rows > 0) {
             Prepared tokens[MAX_ROW_TOKENS];
             for (int64_t m = 0; m < group->count; m++) tokens[m] = token_of(plan, group->begin + m);
-            gate_and_up(plan, group->slot, (Part){from, rows, inner, 0}, tokens, group->count, scratch,
-                        buffer, plan->h + group->begin * inner + from, inner);
+            gate_and_up(plan, group->slot, from, rows, tokens, group->count, 0, scratch, buffer,
+                        plan->h + group->begin * inner + from, inner);
         }
         /* Whoever finishes a chunk last lays it out for the down rows. */
         if (atomic_fetch_add(&plan->finished[chunk], 1) == parts - 1)
@@ -216,8 +196,8 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         int64_t from = job % chunks * plan->sub;
         Prepared tokens[MAX_ROW_TOKENS];
         for (int64_t m = 0; m < group->count; m++) tokens[m] = inner_of(plan, group->begin + m);
-        down(plan, group, 0, (Part){from, min64(plan->sub, hidden - from), hidden, 0}, tokens,
-             group->count, scratch, buffer);
+        down(plan, group, 0, from, min64(plan->sub, hidden - from), tokens, group->count, 0,
+             scratch, buffer);
     }
 }
 
@@ -226,14 +206,13 @@ static void large_group(Plan *plan, const Group *group, int64_t skip, atomic_llo
                         int32_t num_threads, float *scratch, float *buffer) {
     int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
     int64_t count = min64(group->count - skip, TOKENS_AT_ONCE);
-    int64_t ahead = (int64_t)num_threads * TILE_CHUNK;
     Prepared tokens[TOKENS_AT_ONCE];
     for (int64_t m = 0; m < count; m++) tokens[m] = token_of(plan, group->begin + skip + m);
     for (;;) {
         int64_t from = atomic_fetch_add(&next[0], 1) * TILE_CHUNK;
         if (from >= inner) break;
-        Part part = {from, min64(TILE_CHUNK, inner - from), from + ahead, 1};
-        gate_and_up(plan, group->slot, part, tokens, count, scratch, buffer, plan->h + from, inner);
+        gate_and_up(plan, group->slot, from, min64(TILE_CHUNK, inner - from), tokens, count, 1,
+                    scratch, buffer, plan->h + from, inner);
     }
     barrier_wait(&plan->barrier, num_threads);
     for (;;) {
@@ -250,8 +229,8 @@ static void large_group(Plan *plan, const Group *group, int64_t skip, atomic_llo
     for (;;) {
         int64_t from = atomic_fetch_add(&next[2], 1) * TILE_CHUNK;
         if (from >= hidden) break;
-        Part part = {from, min64(TILE_CHUNK, hidden - from), from + ahead, 1};
-        down(plan, group, skip, part, tokens, count, scratch, buffer);
+        down(plan, group, skip, from, min64(TILE_CHUNK, hidden - from), tokens, count, 1,
+             scratch, buffer);
     }
     barrier_wait(&plan->barrier, num_threads);
 }

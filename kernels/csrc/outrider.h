@@ -31,7 +31,6 @@ typedef struct {
 typedef struct {
     const uint8_t *weight, *scale; /* of the first row */
     int64_t rows, k;
-    const uint8_t *ahead, *ahead_end; /* tiles: weights that are wanted next, or NULL twice */
 } Run;
 
 /* Inputs of one token as a kernel wants them: permuted, padded with zeros, scaled by powers of two. */

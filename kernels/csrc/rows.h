@@ -256,7 +256,7 @@ const Kernels KERNELS = {
     .rows = {TABLE(fp32), TABLE(bf16), TABLE(fp16), TABLE(int8), TABLE(int4), TABLE(nf4)},
     .tiles = tiles,
 #if defined(ISA_BF16)
-    .tiles_scratch = TILE_ROWS * (PAIR_SLICE / 2 + PAIR_SLICE / 8),
+    .tiles_scratch = TILE_ROWS * (PAIR_SLICE / 2 + PAIR_SLICE / PAIR_BLOCK * W),
     .pairs_size = pairs_size,
     .prepare_pairs = prepare_pairs,
     .pairs = {[BF16] = bf16_pairs, [INT8] = int8_pairs, [INT4] = int4_pairs},

@@ -10,16 +10,14 @@
 #endif
 enum { SLICE = 1024, TOKENS_TOGETHER = 128 };
 
-/* Weights that are wanted next: fetched to the second cache while this tile computes, since rows that
-   meet many tokens leave memory idle. */
-typedef struct {
-    const uint8_t *at, *end;
-} Ahead;
-
-INLINE void fetch_ahead(Ahead *ahead) {
-    __builtin_prefetch(ahead->at, 0, 2);
-    __builtin_prefetch(ahead->at + 64, 0, 2);
-    ahead->at = ahead->at + 128 < ahead->end ? ahead->at + 128 : ahead->end;
+/* The rows of one tile of a run, and how many they are: far apart in memory, each a stream that the
+   hardware runs ahead in; a last tile has fewer, its last row repeated. */
+INLINE int64_t rows_of_tile(const Run *run, int64_t tile, int64_t index[TILE_ROWS]) {
+    int64_t apart = run->rows / TILE_ROWS, rest = run->rows % TILE_ROWS;
+    for (int64_t r = 0; r < TILE_ROWS; r++)
+        if (tile < apart) index[r] = tile + r * apart;
+        else index[r] = apart * TILE_ROWS + (r < rest ? r : rest - 1);
+    return tile < apart ? TILE_ROWS : rest;
 }
 
 /* How many of `left` tokens the next tile takes, so that tiles are of like size. */
@@ -46,14 +44,21 @@ INLINE void sum_rows(const vf *acc, float *sums) {
 }
 #endif
 
-/* What a row's sums are multiplied with: int8's scale. */
-static void row_scales(int32_t format, const Run *run, int64_t row, int64_t rows, float *scales) {
-    for (int64_t r = 0; r < TILE_ROWS; r++) scales[r] = 1;
-    if (format == INT8) memcpy(scales, run->scale + 4 * row, sizeof(float) * (size_t)rows);
+/* What each row's sums are multiplied with: int8's scale. */
+INLINE void row_scales(int32_t format, const Run *run, const int64_t *index, float *scales) {
+    for (int r = 0; r < TILE_ROWS; r++) {
+        scales[r] = 1;
+        if (format == INT8) memcpy(scales + r, run->scale + 4 * index[r], 4);
+    }
 }
 
-static void add_sums(const float *sums, const float *scales, int64_t rows, int first, float *out) {
-    for (int64_t r = 0; r < rows; r++) out[r] = sums[r] * scales[r] + (first ? 0 : out[r]);
+/* A slice's sums of the first `rows` rows into one token's outputs. */
+INLINE void add_sums(const float *sums, const float *scales, const int64_t *index, int64_t rows,
+                     int first, float *out) {
+    UNROLL for (int r = 0; r < TILE_ROWS; r++) {
+        float scaled = sums[r] * scales[r];
+        if (r < rows) out[index[r]] = first ? scaled : out[index[r]] + scaled;
+    }
 }
 
 /* Scales of the groups of a row's slice at `at`, zeros behind them. */

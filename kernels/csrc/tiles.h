@@ -45,7 +45,7 @@ static void expand(int32_t format, const Run *run, int64_t row, int64_t at, int6
 }
 
 /* sums[m][r] of row r and token m over `width` inputs; rows lie SLICE floats apart. */
-INLINE void tile(int tokens, const float *rows, const float *const *x, int64_t width, Ahead *ahead,
+INLINE void tile(int tokens, const float *rows, const float *const *x, int64_t width,
                  float sums[TILE_TOKENS][TILE_ROWS]) {
     vf acc[TILE_TOKENS][TILE_ROWS];
     UNROLL for (int m = 0; m < tokens; m++)
@@ -57,47 +57,44 @@ INLINE void tile(int tokens, const float *rows, const float *const *x, int64_t w
             vf in = load(x[m] + i);
             UNROLL for (int r = 0; r < TILE_ROWS; r++) acc[m][r] = fma_(w[r], in, acc[m][r]);
         }
-        fetch_ahead(ahead);
     }
     UNROLL for (int m = 0; m < tokens; m++) sum_rows(acc[m], sums[m]);
 }
 
 static void tile_of(int64_t tokens, const float *rows, const float *const *x, int64_t width,
-                    Ahead *ahead, float sums[TILE_TOKENS][TILE_ROWS]) {
+                    float sums[TILE_TOKENS][TILE_ROWS]) {
     switch (tokens) {
-    case 1: tile(1, rows, x, width, ahead, sums); break;
-    case 2: tile(2, rows, x, width, ahead, sums); break;
-    case 3: tile(3, rows, x, width, ahead, sums); break;
+    case 1: tile(1, rows, x, width, sums); break;
+    case 2: tile(2, rows, x, width, sums); break;
+    case 3: tile(3, rows, x, width, sums); break;
 #if TILE_TOKENS > 4
-    case 4: tile(4, rows, x, width, ahead, sums); break;
-    case 5: tile(5, rows, x, width, ahead, sums); break;
+    case 4: tile(4, rows, x, width, sums); break;
+    case 5: tile(5, rows, x, width, sums); break;
 #endif
-    default: tile(TILE_TOKENS, rows, x, width, ahead, sums);
+    default: tile(TILE_TOKENS, rows, x, width, sums);
     }
 }
 
 static void tiles(int32_t format, const Run *run, const Prepared *tokens, int64_t num_tokens,
                   float *scratch, float *out, int64_t stride) {
-    int64_t padded = (run->k + PADDED - 1) / PADDED * PADDED;
-    Ahead ahead = {run->ahead, run->ahead_end};
+    int64_t padded = (run->k + PADDED - 1) / PADDED * PADDED, index[TILE_ROWS];
     for (int64_t begin = 0; begin < num_tokens; begin += TOKENS_TOGETHER) {
         int64_t end = begin + TOKENS_TOGETHER < num_tokens ? begin + TOKENS_TOGETHER : num_tokens;
         for (int64_t at = 0; at < padded; at += SLICE) {
-            int64_t width = padded - at < SLICE ? padded - at : SLICE;
-            for (int64_t row = 0; row < run->rows; row += TILE_ROWS) {
-                int64_t rows = run->rows - row < TILE_ROWS ? run->rows - row : TILE_ROWS;
+            int64_t width = padded - at < SLICE ? padded - at : SLICE, rows;
+            for (int64_t done = 0; TILE_ROWS * done < run->rows; done++) {
                 float scales[TILE_ROWS], sums[TILE_TOKENS][TILE_ROWS];
+                rows = rows_of_tile(run, done, index);
+                row_scales(format, run, index, scales);
                 for (int64_t r = 0; r < TILE_ROWS; r++)
-                    if (r < rows) expand(format, run, row + r, at, width, scratch + r * SLICE);
-                    else memset(scratch + r * SLICE, 0, sizeof(float) * (size_t)width);
-                row_scales(format, run, row, rows, scales);
+                    expand(format, run, index[r], at, width, scratch + r * SLICE);
                 for (int64_t t = begin, count; t < end; t += count) {
                     const float *x[TILE_TOKENS];
                     count = even_part(end - t, TILE_TOKENS);
                     for (int64_t m = 0; m < count; m++) x[m] = tokens[t + m].values + at;
-                    tile_of(count, scratch, x, width, &ahead, sums);
+                    tile_of(count, scratch, x, width, sums);
                     for (int64_t m = 0; m < count; m++)
-                        add_sums(sums[m], scales, rows, at == 0, out + (t + m) * stride + row);
+                        add_sums(sums[m], scales, index, rows, at == 0, out + (t + m) * stride);
                 }
             }
         }
