@@ -252,7 +252,7 @@ def test_a_killed_driver_leaves_whole_shards_and_no_processes_and_is_resumed(toy
     pids.mkdir()
     driver = _drive(out, 0.3)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not (out / "manifest.json").exists() or len(read_manifest(out).shards) < 2:
             assert driver.poll() is None and time.monotonic() < deadline, driver.stderr.read()
             time.sleep(0.05)
