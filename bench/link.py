@@ -33,7 +33,7 @@ class VirtualCopy:
         self._link = link
 
     def done(self) -> bool:
-        if not self.is_done:
+        if not self.is_done and self._link.is_behind:
             self._link.catch_up()
         return self.is_done
 
@@ -83,6 +83,11 @@ class VirtualLink:
         self._piece: VirtualCopy | None = None
         self._piece_left_s = 0.0
         self._is_closed = False
+
+    @property
+    def is_behind(self) -> bool:
+        """The clock has run on since the last account."""
+        return self._at < self._clock.now
 
     def submit(self, key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
         if self._is_closed:

@@ -11,7 +11,7 @@ from typing import Self
 
 from ...collect.schema import ExpertKey
 from ...predictors.base import Forecast
-from .eviction import EvictionPolicy
+from .eviction import Evictable, EvictionPolicy
 
 Slot = int
 
@@ -206,11 +206,8 @@ class ExpertCache:
         if self._free:
             slot = self._free.pop()
         else:
-            # Asked hundreds of times a token: what nobody keeps is not looked up.
-            spared = (
-                (lambda other: other not in keep and self._is_evictable(other)) if keep else None
-            )
-            victim = self._eviction.victim(key, spared or self._is_evictable)
+            spared = self._sparing(keep) if keep else self._is_evictable
+            victim = self._eviction.victim(key, spared)
             if victim is None and keep and not is_prefetch:
                 victim = self._eviction.victim(key, self._is_evictable)
             if victim is None:
@@ -306,6 +303,21 @@ class ExpertCache:
     def _is_evictable(self, key: ExpertKey) -> bool:
         entry = self._entries.get(key)
         return entry is not None and entry.state is SlotState.READY and entry.num_pins == 0
+
+    def _sparing(self, keep: Collection[ExpertKey]) -> Evictable:
+        # Asked hundreds of times a token, hence in one call.
+        entries, ready = self._entries, SlotState.READY
+
+        def is_spared(key: ExpertKey) -> bool:
+            entry = entries.get(key)
+            return (
+                entry is not None
+                and entry.state is ready
+                and entry.num_pins == 0
+                and key not in keep
+            )
+
+        return is_spared
 
     def _ready_entries(self, keys: Iterable[ExpertKey]) -> list[_Entry]:
         entries = []

@@ -24,6 +24,9 @@ Evictable = Callable[[ExpertKey], bool]
 HALF_LIFE_TOKENS = 64
 """Tokens after which a use counts half in the decayed frequencies: a paragraph, not a document."""
 
+FEW = 16
+"""Keys up to which a ranking is looked through."""
+
 WARMUP_TOKENS = 128
 """Tokens that `static` counts before it fixes the hot set."""
 
@@ -160,28 +163,44 @@ class FrequencyRanking:
         tick = self._clock.get(key.layer_idx, 0) + 1
         self._clock[key.layer_idx] = tick
         use = tick / self._half_life
-        old = self.weight(key)
-        high, low = max(old, use), min(old, use)
+        old = self._weight.get(key, -math.inf)
+        high, low = (old, use) if old > use else (use, old)
         self._weight[key] = high + math.log2(1.0 + 2.0 ** (low - high))
 
     def discard(self, key: ExpertKey) -> None:
         self._members.discard(key)
 
     def first(self, evictable: Evictable) -> ExpertKey | None:
+        heap, members, weights = self._heap, self._members, self._weight
+        if len(members) <= FEW:
+            return self._first_of_few(evictable)
         passed: list[tuple[float, ExpertKey]] = []
         found = None
-        while self._heap and found is None:
-            bound, key = heapq.heappop(self._heap)
-            if key not in self._members:
+        while heap:
+            bound, key = heap[0]
+            if key not in members:
+                heapq.heappop(heap)
                 self._queued.discard(key)
-            elif bound < self.weight(key):
-                heapq.heappush(self._heap, (self.weight(key), key))
+            elif bound < (weight := weights.get(key, -math.inf)):
+                heapq.heapreplace(heap, (weight, key))
+            elif evictable(key):
+                found = key
+                break
             else:
-                passed.append((bound, key))
-                if evictable(key):
-                    found = key
+                passed.append(heapq.heappop(heap))
         for entry in passed:
-            heapq.heappush(self._heap, entry)
+            heapq.heappush(heap, entry)
+        return found
+
+    def _first_of_few(self, evictable: Evictable) -> ExpertKey | None:
+        # Often asked where nothing may go: passing all by is then cheaper than a heap's order.
+        weights, least, found = self._weight, math.inf, None
+        for key in self._members:
+            weight = weights.get(key, -math.inf)
+            if weight > least or (weight == least and found is not None and key > found):
+                continue
+            if evictable(key):
+                least, found = weight, key
         return found
 
 

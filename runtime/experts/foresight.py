@@ -22,10 +22,6 @@ RATE_HALF_LIFE_TOKENS = 200
 """For what no forecast speaks of: beyond the next token an expert's use is the text's, not the
 sentence's."""
 
-REPEAT = 0.25
-"""Weight of a use in the layer's last step, beside its decayed count. By replay on nano's routing
-at budgets of 10 to 50 %: 0.12 is what describes its uses best, 0.25 evicts better."""
-
 SPARED = 0.3
 """An expert forecast for this token with this probability stays while others may go."""
 
@@ -36,43 +32,49 @@ _MAX_INCREMENT = 1e100
 
 
 class UseRates:
-    """How likely each expert is used in a step, from past uses, [num_moe_layers, num_experts].
+    """How likely each expert is used in some later step, from past uses, [num_moe_layers,
+    num_experts].
 
     Decayed counts, in which a use weighs growth^n after n uses of its layer, so that no count has
     to be decayed: rows are scaled down long before they overflow.
     """
 
-    def __init__(self, shape: ModelShape) -> None:
+    def __init__(self, shape: ModelShape, *, discount: float) -> None:
         size = (shape.num_moe_layers, shape.num_experts)
         self._top_k = float(shape.top_k)
+        self._discount = discount
         self._growth = 2.0 ** (1.0 / (RATE_HALF_LIFE_TOKENS * shape.top_k))
         self._weight = np.zeros(size)
         self._increment = [1.0] * shape.num_moe_layers
-        self._last_step = [-1] * shape.num_moe_layers
-        self._is_last = np.zeros(size, dtype=bool)
+        # As of the last reading, but for layers used since.
+        self._rates, self._beyond = np.zeros(size), np.zeros(size)
+        self._changed: set[int] = set()
 
-    def count(self, key: ExpertKey, *, step: int) -> None:
+    def count(self, key: ExpertKey) -> None:
         """One use of `key`, after which older ones of its layer weigh a little less."""
         layer_idx = key.layer_idx
-        if self._last_step[layer_idx] != step:
-            self._last_step[layer_idx] = step
-            self._is_last[layer_idx] = False
         increment = self._increment[layer_idx] * self._growth
         if increment > _MAX_INCREMENT:
             self._weight[layer_idx] /= increment
             increment = 1.0
         self._increment[layer_idx] = increment
         self._weight[key] += increment
-        self._is_last[key] = True
+        self._changed.add(layer_idx)
 
-    def rates(self) -> np.ndarray:
-        """Probability of a use in some later step; all 0 in a layer that was never used."""
-        total = np.maximum(self._weight.sum(axis=1, keepdims=True), 1e-300)
-        return np.minimum(self._weight * (self._top_k / total), 1.0)
-
-    def next_rates(self, rates: np.ndarray) -> np.ndarray:
-        """Probability of a use in the layer's next step, given `rates`."""
-        return rates + REPEAT * (self._is_last - rates)
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Probability q of a use in a step, 0 in a layer that was never used; and what uses from
+        then on are worth at that rate, the sum of discount^t q (1 - q)^(t - 1). Not to be written
+        to; valid until the next call.
+        """
+        discount = self._discount
+        for layer_idx in self._changed:
+            weight = self._weight[layer_idx]
+            total = max(weight.sum(), 1e-300)
+            rates = self._rates[layer_idx]
+            np.minimum(weight * (self._top_k / total), 1.0, out=rates)
+            self._beyond[layer_idx] = discount * rates / (1.0 - discount * (1.0 - rates))
+        self._changed.clear()
+        return self._rates, self._beyond
 
 
 class ForecastEviction(LayerLfuEviction):
@@ -94,10 +96,11 @@ class ForecastEviction(LayerLfuEviction):
         layers, experts = shape.num_moe_layers, shape.num_experts
         self._shape = shape
         self._discount = discount
-        self._uses = UseRates(shape)
-        # Of a step: probabilities [layers, experts], and which rows are forecast [layers, 1].
-        self._tables: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self._blank = np.zeros((layers, experts), np.float32), np.zeros((layers, 1), dtype=bool)
+        self._uses = UseRates(shape, discount=discount)
+        self._keys = [ExpertKey(*pair) for pair in np.ndindex(layers, experts)]
+        # Of a step: probabilities [layers, experts], and which rows are forecast.
+        self._tables: dict[int, tuple[np.ndarray, list[bool]]] = {}
+        self._blank = np.zeros((layers, experts), np.float32), [False] * layers
         self._step, self._layer_idx = 0, -1
         self._is_member = np.zeros((layers, experts), dtype=bool)
         self._late: set[ExpertKey] = set()
@@ -117,7 +120,7 @@ class ForecastEviction(LayerLfuEviction):
 
     def touch(self, key: ExpertKey) -> None:
         super().touch(key)
-        self._uses.count(key, step=self._step)
+        self._uses.count(key)
         self._worths = None
 
     def discard(self, key: ExpertKey) -> None:
@@ -129,13 +132,13 @@ class ForecastEviction(LayerLfuEviction):
         """Take the newest forecast for its layers and step; one for a step gone by is ignored."""
         if forecast.step < self._step:
             return
-        rows = slice(forecast.layer_from, forecast.layer_to)
+        start, end = forecast.layer_from, forecast.layer_to
         if forecast.step not in self._tables:
             table, is_known = self._blank
             self._tables[forecast.step] = table.copy(), is_known.copy()
         table, is_known = self._tables[forecast.step]
-        table[rows] = forecast.probability
-        is_known[rows] = True
+        table[start:end] = forecast.probability
+        is_known[start:end] = [True] * (end - start)
         self._worths = None
 
     def advance(self, step: int, layer_idx: int) -> None:
@@ -195,7 +198,7 @@ class ForecastEviction(LayerLfuEviction):
         split = self._layer_idx + 1
         _, is_known = self._tables.get(self._step, self._blank)
         _, is_known_after = self._tables.get(self._step + 1, self._blank)
-        return bool(is_known[split:].all() and is_known_after[:split].all())
+        return all(is_known[split:]) and all(is_known_after[:split])
 
     def _least(self, worths: np.ndarray, count: int) -> list[ExpertKey]:
         """The `count` members of least worth, ascending."""
@@ -204,30 +207,33 @@ class ForecastEviction(LayerLfuEviction):
         if count < len(members):
             least = np.argpartition(values, count)[:count]
             members, values = members[least], values[least]
-        layers, experts = np.divmod(members[values.argsort(kind="stable")], self._shape.num_experts)
-        return [ExpertKey(*pair) for pair in zip(layers.tolist(), experts.tolist(), strict=True)]
+        keys = self._keys
+        return [keys[one] for one in members[values.argsort(kind="stable")].tolist()]
 
     def _compute(self) -> np.ndarray:
-        discount, split = self._discount, self._layer_idx + 1
-        rates = self._uses.rates()
-        # Of a use at rate q in each token from the next on: sum of discount^t q (1 - q)^(t - 1).
-        beyond = discount * rates / (1.0 - discount * (1.0 - rates))
-        first = self._mixed(self._step, split, otherwise=self._uses.next_rates(rates))
-        second = self._mixed(self._step + 1, split, otherwise=rates)
+        split = self._layer_idx + 1
+        rates, beyond = self._uses.read()
+        # Layers up to this one come round in the next step; all of these rows are forecast.
+        now, after = (self._tables.get(step, self._blank) for step in (self._step, self._step + 1))
+        first = np.concatenate((after[0][:split], now[0][split:]), dtype=np.float64)
+        # Rows of the step after that are forecast or not.
+        second = rates.copy()
+        for (table, is_known), rows in (
+            (self._tables.get(self._step + 2, self._blank), range(split)),
+            (after, range(split, len(second))),
+        ):
+            if all(is_known):
+                second[rows.start : rows.stop] = table[rows.start : rows.stop]
+            else:
+                for row in rows:
+                    if is_known[row]:
+                        second[row] = table[row]
         worth = second + (1.0 - second) * beyond
-        worth *= discount
+        worth *= self._discount
         worth *= 1.0 - first
         worth += first
         worth *= self._nearness[split]
         return worth
-
-    def _mixed(self, step: int, split: int, *, otherwise: np.ndarray) -> np.ndarray:
-        """Rows from `split` on as forecast for `step`, those before it for the step after."""
-        mixed = otherwise.copy()
-        for one, rows in ((step + 1, slice(0, split)), (step, slice(split, None))):
-            table, is_known = self._tables.get(one, self._blank)
-            np.copyto(mixed[rows], table[rows], where=is_known[rows])
-        return mixed
 
 
 class BeladyEviction(LookBack):

@@ -13,7 +13,7 @@ from .price import ReadPrice
 
 
 class Wanted(Collection[ExpertKey]):
-    """Keys whose next use is forecast as likely enough to be read ahead, looked up when asked.
+    """Keys whose next use is forecast as likely enough to be read ahead, gathered when asked.
 
     `tables` holds the newest forecasts by step, [num_moe_layers, num_experts], 0 where there is
     none; `position` is the moment at which execution stands, one moment per MoE layer and step.
@@ -24,6 +24,9 @@ class Wanted(Collection[ExpertKey]):
         self.position = -1
         self._shape = shape
         self._price = price
+        # Of each key the last moment at which it is expected, while forecasts and price stay.
+        self._last: dict[ExpertKey, int] | None = None
+        self._priced = 0.0
 
     def take(self, forecast: Forecast) -> bool:
         """Take the newest forecast for its layers and step; False if its moments have passed."""
@@ -35,10 +38,12 @@ class Wanted(Collection[ExpertKey]):
             size = (num_layers, self._shape.num_experts)
             table = self.tables[step] = np.zeros(size, np.float32)
         table[forecast.layer_from : forecast.layer_to] = forecast.probability
+        self._last = None
         return True
 
     def forget_before(self, step: int) -> None:
         """Forecasts for steps that have passed are let go."""
+        # Their moments lie before `position`, so that nothing gathered is wanted the less.
         for gone in [one for one in self.tables if one < step]:
             del self.tables[gone]
 
@@ -46,20 +51,16 @@ class Wanted(Collection[ExpertKey]):
         """Nothing is forecast, and execution stands before everything."""
         self.tables.clear()
         self.position = -1
+        self._last = None
 
     def __contains__(self, key: object) -> bool:
-        assert isinstance(key, ExpertKey)
-        least, num_layers = self._price.least_probability, self._shape.num_moe_layers
-        for step, table in self.tables.items():
-            if step * num_layers + key.layer_idx > self.position and table[key] >= least:
-                return True
-        return False
+        last = self._last
+        if last is None or self._price.price != self._priced:
+            last = self._gather()
+        return last.get(key, -1) > self.position  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        for layer_idx in range(self._shape.num_moe_layers):
-            for expert_idx in range(self._shape.num_experts):
-                if (key := ExpertKey(layer_idx, expert_idx)) in self:
-                    yield key
+        return filter(self.__contains__, list(self._gather()))
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -67,3 +68,13 @@ class Wanted(Collection[ExpertKey]):
     def __bool__(self) -> bool:
         # Asked at each failed reserve, where counting would look at every expert of the model.
         return bool(self.tables)
+
+    def _gather(self) -> dict[ExpertKey, int]:
+        least, num_layers = self._price.least_probability, self._shape.num_moe_layers
+        last: dict[ExpertKey, int] = {}
+        for step in sorted(self.tables):
+            layers, experts = np.nonzero(self.tables[step] >= least)
+            for layer_idx, expert_idx in zip(layers.tolist(), experts.tolist(), strict=True):
+                last[ExpertKey(layer_idx, expert_idx)] = step * num_layers + layer_idx
+        self._last, self._priced = last, self._price.price
+        return last
