@@ -144,8 +144,10 @@ def bench_fit(
     context_tokens: int = CONTEXT_TOKENS,
 ) -> dict[str, Any]:
     """The document of `--fit`: a row a device and format, all known devices if none is chosen."""
-    rows = [
-        Fit(device, geometry, fmt, context_tokens).as_dict()
+    from .passes import figures
+
+    fits = [
+        Fit(device, geometry, fmt, context_tokens)
         for device in chosen or devices().values()
         for fmt in formats
     ]
@@ -160,5 +162,5 @@ def bench_fit(
             "context_tokens": context_tokens,
             "hit_rate": "the share of the experts that fits: routing without locality",
         },
-        "rows": rows,
+        "rows": [fit.as_dict() | figures(fit) for fit in fits],
     }

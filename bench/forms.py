@@ -111,6 +111,10 @@ class FitRow(msgspec.Struct, kw_only=True):
     roofline_tokens_per_second: Number
     serial_tokens_per_second: Number
     on_demand_tokens_per_second: Number
+    batch_traces: int
+    trace_tokens: int
+    traces_per_hour: Number
+    roofline_traces_per_hour: Number
 
 
 class DecodeRow(Stamped, kw_only=True):

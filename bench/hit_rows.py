@@ -95,11 +95,8 @@ class RowMaker:
         routing, shape = self._routing, self._routing.shape
         rows = _decoded_rows(routing, self._options.source.prompt_tokens)
         ids = routing.topk_ids[rows]
-        is_missed = {
-            arm.num_slots: lru_missed(ids, shape.num_experts, num_slots=arm.num_slots)
-            for arm, _ in tables
-            if arm.num_layers is None
-        }
+        sizes = dict.fromkeys(arm.num_slots for arm, _ in tables if arm.num_layers is None)
+        is_missed = {slots: lru_missed(ids, shape.num_experts, num_slots=slots) for slots in sizes}
         recalls: dict[tuple[str, int], dict[str, float | None]] = {}
         for name, told in foretold.items():
             best = told.best(shape.num_moe_layers)

@@ -184,6 +184,7 @@ _KINDS: dict[str, tuple[dict[str, Cell], Callable[[Row], str]]] = {
             "on demand, tokens/s": _runs("on_demand_tokens_per_second"),
             "bound, tokens/s": _number("roofline_tokens_per_second"),
             "all in memory, tokens/s": _number("resident_roofline_tokens_per_second"),
+            "collecting, traces an hour": _runs("traces_per_hour"),
         },
         lambda row: f"SIMULATED, {row['device']}",
     ),

@@ -52,14 +52,15 @@ def print_fit(document: dict[str, Any]) -> None:
     table.add_column("device", overflow="fold")
     table.add_column("format", no_wrap=True)
     for heading in ("GB for\nexperts", "experts\nresident", "on demand\ntokens/s",
-                    "bound\ntokens/s", "all in memory\ntokens/s"):  # fmt: skip
+                    "bound\ntokens/s", "all in memory\ntokens/s",
+                    "collecting\ntraces/hour"):  # fmt: skip
         table.add_column(heading, justify="right", no_wrap=True)
     previous = None
     for row in document["rows"]:
         shown = "" if row["device"] == previous else row["device"]
         previous = row["device"]
         if not row["runs"]:
-            cells = (f"{row['room_bytes'] / 1e9:.1f}", "does not run", "", "", "")
+            cells = (f"{row['room_bytes'] / 1e9:.1f}", "does not run", "", "", "", "")
         else:
             cells = (
                 f"{row['room_bytes'] / 1e9:.1f}",
@@ -67,6 +68,7 @@ def print_fit(document: dict[str, Any]) -> None:
                 f"{row['on_demand_tokens_per_second']:.1f}",
                 f"{row['roofline_tokens_per_second']:.1f}",
                 f"{row['resident_roofline_tokens_per_second']:.1f}",
+                f"{row['traces_per_hour']:,.0f}",
             )
         table.add_row(shown, row["format"], *cells)
     Console(highlight=False).print(table)
@@ -76,7 +78,9 @@ def print_fit(document: dict[str, Any]) -> None:
         f"{first['format']}, the rest in bf16, {settings['context_tokens']} tokens of KV cache, "
         "batch 1. Hit rate taken as the share resident: real routing has locality and does "
         "better. On demand: with the profile's overheads, nothing overlapped. Bound: reads and "
-        "arithmetic overlapped, no overheads. Nothing here was measured on these devices."
+        "arithmetic overlapped, no overheads. "
+        f"Collecting: passes of {first['batch_traces']} traces of {first['trace_tokens']} tokens "
+        "through every expert, nothing overlapped. Nothing here was measured on these devices."
     )
 
 

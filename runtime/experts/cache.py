@@ -31,6 +31,10 @@ class SlotState(Enum):
     READY = "ready"
 
 
+# Members by name: on Python 3.11 each look-up in an Enum costs as much as one in a dictionary.
+_LOADING, _READY, _PREFETCH = SlotState.LOADING, SlotState.READY, Kind.PREFETCH
+
+
 @dataclass(slots=True)
 class CacheCounters:
     """Totals since the cache was made. Every prefetch ends as used, wasted or cancelled."""
@@ -143,7 +147,7 @@ class ExpertCache:
     def lookup(self, key: ExpertKey) -> Slot | None:
         """The slot of a READY expert; None if it is absent or still LOADING."""
         entry = self._entries.get(key)
-        return entry.slot if entry is not None and entry.state is SlotState.READY else None
+        return entry.slot if entry is not None and entry.state is _READY else None
 
     def state(self, key: ExpertKey) -> SlotState | None:
         """LOADING or READY; None if the expert holds no slot."""
@@ -157,11 +161,7 @@ class ExpertCache:
 
     def resident(self) -> dict[ExpertKey, Slot]:
         """All READY experts; a copy."""
-        return {
-            key: entry.slot
-            for key, entry in self._entries.items()
-            if entry.state is SlotState.READY
-        }
+        return {key: entry.slot for key, entry in self._entries.items() if entry.state is _READY}
 
     @property
     def wants_forecasts(self) -> bool:
@@ -200,7 +200,7 @@ class ExpertCache:
         """
         if key in self._entries:
             raise ValueError(f"{key} holds slot {self._entries[key].slot} already")
-        is_prefetch = kind is Kind.PREFETCH
+        is_prefetch = kind is _PREFETCH
         if is_prefetch and self._num_ahead >= self.prefetch_limit:
             return None
         if self._free:
@@ -213,7 +213,7 @@ class ExpertCache:
             if victim is None:
                 return None
             slot = self._evict(victim)
-        entry = _Entry(key, slot, SlotState.LOADING, is_prefetch, is_prefetch)
+        entry = _Entry(key, slot, _LOADING, is_prefetch, is_prefetch)
         self._entries[key] = entry
         self._slots[slot] = entry
         self._eviction.admit(key)
@@ -225,7 +225,7 @@ class ExpertCache:
     def commit(self, slot: Slot) -> None:
         """The copy into `slot` is complete: LOADING -> READY. ValueError in another state."""
         entry = self._loading_entry(slot)
-        entry.state = SlotState.READY
+        entry.state = _READY
         self._leave_loading(entry)
 
     def abandon(self, slot: Slot) -> None:
@@ -269,7 +269,7 @@ class ExpertCache:
         """Raise AssertionError if an invariant is broken; O(num_slots)."""
         held = [entry for entry in self._slots if entry is not None]
         free = {slot for slot, entry in enumerate(self._slots) if entry is None}
-        loading = [entry for entry in held if entry.state is SlotState.LOADING]
+        loading = [entry for entry in held if entry.state is _LOADING]
         unused = sum(entry.is_unused_prefetch for entry in held)
         counters = self.counters
         ended = counters.prefetch_used + counters.prefetch_wasted + counters.prefetch_cancelled
@@ -288,10 +288,10 @@ class ExpertCache:
             == sum(entry.is_ahead for entry in loading),
             "prefetches ahead keep the limit": self._num_ahead <= self.prefetch_limit,
             "only LOADING slots are ahead": not any(
-                entry.is_ahead for entry in held if entry.state is SlotState.READY
+                entry.is_ahead for entry in held if entry.state is _READY
             ),
             "pins are counts, of READY experts": all(
-                entry.num_pins >= 0 and (entry.num_pins == 0 or entry.state is SlotState.READY)
+                entry.num_pins >= 0 and (entry.num_pins == 0 or entry.state is _READY)
                 for entry in held
             ),
             "each prefetch ends once": counters.prefetch_issued == ended + unused,
@@ -302,17 +302,17 @@ class ExpertCache:
 
     def _is_evictable(self, key: ExpertKey) -> bool:
         entry = self._entries.get(key)
-        return entry is not None and entry.state is SlotState.READY and entry.num_pins == 0
+        return entry is not None and entry.state is _READY and entry.num_pins == 0
 
     def _sparing(self, keep: Collection[ExpertKey]) -> Evictable:
         # Asked hundreds of times a token, hence in one call.
-        entries, ready = self._entries, SlotState.READY
+        entries = self._entries
 
         def is_spared(key: ExpertKey) -> bool:
             entry = entries.get(key)
             return (
                 entry is not None
-                and entry.state is ready
+                and entry.state is _READY
                 and entry.num_pins == 0
                 and key not in keep
             )
@@ -323,14 +323,14 @@ class ExpertCache:
         entries = []
         for key in keys:
             entry = self._entries.get(key)
-            if entry is None or entry.state is not SlotState.READY:
+            if entry is None or entry.state is not _READY:
                 raise KeyError(f"{key} is not READY and cannot be pinned")
             entries.append(entry)
         return entries
 
     def _loading_entry(self, slot: Slot) -> _Entry:
         entry = self._slots[slot]
-        if entry is None or entry.state is not SlotState.LOADING:
+        if entry is None or entry.state is not _LOADING:
             state = SlotState.FREE if entry is None else entry.state
             raise ValueError(f"slot {slot} is {state.name}, not LOADING")
         return entry

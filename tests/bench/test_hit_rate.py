@@ -18,6 +18,7 @@ from outrider.bench.fit import Fit, bench_fit
 from outrider.bench.forecaster import Source
 from outrider.bench.hit_rate import HitRateOptions, bench_hit_rate, warm_from
 from outrider.bench.model_shapes import find_geometry, geometry_for, model_shapes
+from outrider.bench.passes import CollectingPass
 from outrider.bench.simulate import SimulateOptions, bench_simulate
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InsufficientMemoryError, InvalidDataError, UsageError
@@ -219,6 +220,30 @@ def test_bounds_are_the_anchors(hit_rate, overlap, serial):
     fit = Fit(card, model_shapes()["deepseek-moe-16b"], "bf16")
     assert fit.bound(hit_rate) == pytest.approx(overlap, rel=0.01)
     assert fit.serial(hit_rate) == pytest.approx(serial, rel=0.01)
+
+
+def test_a_collecting_pass_by_hand():
+    """DeepSeek-MoE-16B in bf16 on a card that holds it, and on one that brings half of it."""
+    shape = model_shapes()["deepseek-moe-16b"]
+    experts = 27 * 64 * 3 * 2048 * 1408
+    rest = shape.dense_parameters - 2048 * 102400  # the embedding is looked up, not read
+    a100 = CollectingPass(Fit(find_device("a100-80"), shape, "bf16"))
+    assert a100.touched == pytest.approx(1.0) and a100.link_s == 0.0
+    assert a100.device_s == pytest.approx(2 * (experts + rest) / 1935e9)
+    overhead_s = a100.overhead_s
+    assert a100.serial == pytest.approx(3600 * 8 / (a100.device_s + overhead_s))
+    assert a100.bound == pytest.approx(3600 * 8 / a100.device_s)
+
+    card = Fit(find_device("rtx3090"), shape, "bf16")
+    half = CollectingPass(card)
+    assert half.link_s == pytest.approx((1.0 - card.share) * 2 * experts / 25.3e9)
+    assert half.link_s > half.device_s and half.bound == pytest.approx(3600 * 8 / half.link_s)
+    # Many more tokens in a pass: arithmetic takes longer than reading.
+    large = CollectingPass(Fit(find_device("a100-80"), shape, "bf16"), traces=1024)
+    active = rest + 27 * 6 * 3 * 2048 * 1408
+    assert large.device_s == pytest.approx(2 * active * 1024 * 64 / 312e12)
+    # One token touches its own experts only.
+    assert CollectingPass(card, traces=1, tokens=1).touched == pytest.approx(6 / 64)
 
 
 def test_every_device_figure_has_a_source():

@@ -80,6 +80,30 @@ def fits(document: Document) -> str:
     )
 
 
+def collecting(document: Document) -> str:
+    """Traces an hour, one row a device, the formats side by side."""
+    rows, first = document["rows"], document["rows"][0]
+    formats = list(dict.fromkeys(row["format"] for row in rows))
+    lines = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        own = {row["format"]: row for row in rows if row["device"] == device}
+        lines.append([device])
+        for fmt in formats:
+            row = own[fmt]
+            lines[-1].append(
+                f"{row['traces_per_hour'] / 1e3:,.0f} to "
+                f"{row['roofline_traces_per_hour'] / 1e3:,.0f}"
+                if row["runs"]
+                else "does not run"
+            )
+    headings = ["device", *(f"{fmt}: thousand traces an hour" for fmt in formats)]
+    return (
+        f"**Simulated**, {document['settings']['model_shape']}, passes of {first['batch_traces']} "
+        f"traces of {first['trace_tokens']} tokens that touch every expert; from nothing "
+        f"overlapped to the bound.\n\n{markdown(Table('', headings, lines))}"
+    )
+
+
 def simulated(document: Document) -> str:
     """All rows of one budget, warm."""
     warm = dict(document, rows=[row for row in document["rows"] if row["cache"] == "warm"])
@@ -165,7 +189,10 @@ def plainly(kind: str) -> Callable[[Document], str]:
     return write
 
 
+# A table is made of the result of its own name, but for these.
+RESULT_OF = {"collecting": "fit"}
 WRITERS: dict[str, Callable[[Document], str]] = {
+    "collecting": collecting,
     "hit-rate": replayed,
     "fit": fits,
     "simulate": simulated,
@@ -187,12 +214,14 @@ def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
     done = []
     for name, write in WRITERS.items():
         begin, end = f"<!-- bench: {name} -->", f"<!-- end of bench: {name} -->"
-        file = folder / f"{name}.json"
+        of = RESULT_OF.get(name, name)
+        file = folder / f"{of}.json"
         if begin not in text or end not in text or not file.is_file():
             continue
         kind, document = read(file)
-        if kind != KINDS.get(name, name):
-            raise SystemExit(f"{file}: a {kind} document, not {KINDS.get(name, name)}")
+        wanted = KINDS.get(of, of)
+        if kind != wanted:
+            raise SystemExit(f"{file}: a {kind} document, not {wanted}")
         start, stop = text.index(begin) + len(begin), text.index(end)
         text = f"{text[:start]}\n{write(document)}\n{text[stop:]}"
         done.append(name)
@@ -204,11 +233,12 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{__doc__}\n")
         return 2
     folder = Path(arguments[0])
-    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/scale-out/README.md"):
+        page = ROOT / name
         if page.is_file():
             text, done = rewritten(page.read_text(), folder)
             page.write_text(text)
-            sys.stdout.write(f"{page.name}: {', '.join(done) or 'nothing'}\n")
+            sys.stdout.write(f"{name}: {', '.join(done) or 'nothing'}\n")
     return 0
 
 
