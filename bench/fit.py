@@ -13,6 +13,7 @@ from ..runtime.sizes import format_bytes
 from .devices import Device, devices
 from .environment import environment
 from .model_shapes import Geometry, step_times
+from .passes import figures
 
 FORMATS = ("bf16", "int8", "int4")
 CONTEXT_TOKENS = 4096
@@ -133,6 +134,7 @@ class Fit:
             "roofline_tokens_per_second": self.bound(share) if runs else None,
             "serial_tokens_per_second": self.serial(share) if runs else None,
             "on_demand_tokens_per_second": 1.0 / (self.step_s + link_s) if runs else None,
+            **figures(self),
         }
 
 
@@ -144,10 +146,8 @@ def bench_fit(
     context_tokens: int = CONTEXT_TOKENS,
 ) -> dict[str, Any]:
     """The document of `--fit`: a row a device and format, all known devices if none is chosen."""
-    from .passes import figures
-
-    fits = [
-        Fit(device, geometry, fmt, context_tokens)
+    rows = [
+        Fit(device, geometry, fmt, context_tokens).as_dict()
         for device in chosen or devices().values()
         for fmt in formats
     ]
@@ -162,5 +162,5 @@ def bench_fit(
             "context_tokens": context_tokens,
             "hit_rate": "the share of the experts that fits: routing without locality",
         },
-        "rows": [fit.as_dict() | figures(fit) for fit in fits],
+        "rows": rows,
     }

@@ -3,9 +3,13 @@
 Arithmetic over a device and a model's shape, like `fit`; knows no routing and no text.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from .fit import Fit
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .fit import Fit
 
 BATCH_TRACES = 8
 TRACE_TOKENS = 64

@@ -80,6 +80,11 @@ def fits(document: Document) -> str:
     )
 
 
+def thousands(count: float) -> str:
+    """Without digits that nobody believes."""
+    return f"{count / 1e3:,.0f}" if count >= 1e4 else f"{count / 1e3:.1f}"
+
+
 def collecting(document: Document) -> str:
     """Traces an hour, one row a device, the formats side by side."""
     rows, first = document["rows"], document["rows"][0]
@@ -91,8 +96,8 @@ def collecting(document: Document) -> str:
         for fmt in formats:
             row = own[fmt]
             lines[-1].append(
-                f"{row['traces_per_hour'] / 1e3:,.0f} to "
-                f"{row['roofline_traces_per_hour'] / 1e3:,.0f}"
+                f"{thousands(row['traces_per_hour'])} to "
+                f"{thousands(row['roofline_traces_per_hour'])}"
                 if row["runs"]
                 else "does not run"
             )
