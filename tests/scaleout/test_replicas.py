@@ -21,7 +21,7 @@ pytestmark = [
 
 MAIN = "from outrider.runtime.cli import main; main()"
 ENGINE = "outrider.runtime.scaleout.engine_process"
-TOKENS = 150
+TOKENS = 300
 
 
 class Fleet:
@@ -126,7 +126,7 @@ async def _load_with_a_death(url, kill):
                 }
                 if len(running) == 2:
                     kill()
-                    return calm, running, await asyncio.gather(*tasks)
+                    return calm, await asyncio.gather(*tasks)
                 await asyncio.sleep(0.01)
         raise AssertionError("two requests never streamed at once")
 
@@ -146,16 +146,15 @@ def test_a_killed_replica_costs_the_request_that_streams_from_it_and_no_other(fl
     url = fleet.url()
     engine = _await_engines(fleet, 2, without=())[0]
     target = engine if victim == "engine" else engine.parent()
-    calm, running, after = asyncio.run(
-        _load_with_a_death(url, lambda: os.kill(target.pid, signal.SIGKILL))
-    )
+    calm, after = asyncio.run(_load_with_a_death(url, lambda: os.kill(target.pid, signal.SIGKILL)))
     failed = {number for number, (_, error) in enumerate(after) if error is not None}
-    # Of two that streamed, the one on the victim; what waited there began again elsewhere.
-    assert len(failed) == 1 and failed <= running
-    (lost,) = failed
-    text, error = after[lost]
-    assert "the replica that ran this request ended; send it again" in str(error)
-    assert calm[lost][0].startswith(text)
+    # What runs on the victim, and what had ended there but was still on its way to the client.
+    assert 1 <= len(failed) <= 2
+    for number in failed:
+        text, error = after[number]
+        # Of what had not begun to stream, nothing is lost: it began again elsewhere.
+        assert text and calm[number][0].startswith(text)
+        assert "the replica that ran this request ended; send it again" in str(error)
     for number in set(range(6)) - failed:
         assert after[number] == calm[number]
     # The engine goes with its replica, and another pair comes in their place.
