@@ -187,7 +187,7 @@ def _fit_stage(
         up.weight.mul_(0.1)
     parameters = [*inner.parameters(), *up.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-    epochs = max(1, settings.epochs // 2)
+    epochs = (settings.epochs + 1) // 2
     batch = min(settings.batch_size, rows)
     steps, done, shown = max(1, epochs * rows // batch), 0, 0.0
     while done < steps:
