@@ -6,7 +6,7 @@ the later layers' states at the previous token. Knows no forecast before the tok
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..collect.schema import ModelShape
 from .checkpoint import take
+from .half_matrix import HalfMatrix
 from .in_pass import gate_logits, later_layers
 from .presets import begun_with
 
@@ -59,12 +60,29 @@ class Stage:
 
     def corrections(self, features: np.ndarray) -> np.ndarray:
         """[N, D * E] to be added to the gates' logits, of features [N, F]."""
-        units = features @ self.inner.T
-        units += self.inner_offset
-        units[:, NUM_LINEAR:] = bent(units[:, NUM_LINEAR:])
-        corrections = units @ self.up.T
-        corrections += self.offset
-        return corrections
+        return _corrections(features @ self.inner.T, self, lambda units: units @ self.up.T)
+
+
+class LiveStage:
+    """A stage for one row at a time, its matrices in fp16."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._inner, self._up = HalfMatrix(stage.inner), HalfMatrix(stage.up)
+
+    def corrections(self, features: np.ndarray) -> np.ndarray:
+        """As `Stage.corrections`, to fp16's rounding."""
+        return _corrections(self._inner(features), self._stage, self._up)
+
+
+def _corrections(
+    units: np.ndarray, stage: Stage, up: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
+    units += stage.inner_offset
+    units[:, NUM_LINEAR:] = bent(units[:, NUM_LINEAR:])
+    corrections = up(units)
+    corrections += stage.offset
+    return corrections
 
 
 def own_choice(logits: np.ndarray, top_k: int) -> np.ndarray:

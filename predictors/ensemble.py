@@ -16,6 +16,7 @@ from .base import Forecast, family_class
 from .checkpoint import take
 from .corrected import ranking_scores
 from .drift import (
+    LiveStage,
     Stage,
     features_of,
     fit_stages,
@@ -26,6 +27,7 @@ from .drift import (
     state_of,
 )
 from .errors import PredictorError
+from .half_matrix import HalfMatrix
 from .in_pass import DEPTH, later_layers, quick_inclusion, refuse_missing, to_host, union
 from .stacking import MAX_ROWS, fit_slopes, log_odds_of
 
@@ -256,11 +258,12 @@ class _Live:
     ) -> None:
         shape = family.shape
         self._shape = shape
-        self._stage = family.stages[layer_idx]
+        self._stage = LiveStage(family.stages[layer_idx])
         self._targets = later_layers(shape, layer_idx)
         self._past_layers = past_layers(shape, layer_idx)
-        self._gate, self._bias = _stacked_gates(gates, self._targets)
-        self._own = gates[layer_idx][0].float().cpu().numpy()
+        weight, self._bias = _stacked_gates(gates, self._targets)
+        self._gate = HalfMatrix(weight)
+        self._own = HalfMatrix(gates[layer_idx][0].cpu())
         self._is_sigmoid = is_sigmoid
         places = np.arange(len(self._targets))
         both, alone = family.slopes[:, places, self._targets.start + places]
@@ -282,14 +285,14 @@ class _Live:
         if tokens > 1:
             features = np.zeros((tokens, features.shape[1]), np.float32)
         features[:, :size] = states
-        features[:, size : size + experts] = own_choice(states @ self._own.T, self._shape.top_k)
+        features[:, size : size + experts] = own_choice(self._own(states), self._shape.top_k)
         start = size + experts
         features[:, start : start + size] = 0.0 if before is None else before
         for place, layer in enumerate(self._past_layers, start=1):
             at = start + place * size
             features[:, at : at + size] = 0.0 if past is None else past[layer]
         logits = self._stage.corrections(features)
-        logits += states @ self._gate.T
+        logits += self._gate(states)
         scores = ranking_scores(
             logits.reshape(tokens, -1, experts), self._bias, is_sigmoid=self._is_sigmoid
         )

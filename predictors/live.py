@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .context import UNKNOWN, Window
+from .half_matrix import HalfMatrix
 
 if TYPE_CHECKING:
     from .encoder import Block, Encoder, Vocabulary
@@ -26,11 +27,11 @@ class Linear:
     """A linear layer; rows [N, in] -> [N, out]."""
 
     def __init__(self, layer: nn.Linear) -> None:
-        self._weight = _array(layer.weight)
+        self._weight = HalfMatrix(layer.weight)
         self._bias = None if layer.bias is None else _array(layer.bias)
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        found = rows @ self._weight.T
+        found = self._weight(rows)
         if self._bias is not None:
             found += self._bias
         return found

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from . import corpus
 
-TRACES = 20_000
-EPOCHS = 3
+TRACES = 8000
+EPOCHS = 2
 SEED = 1
 WINDOWS = 120
 TABLE = (
@@ -38,7 +38,7 @@ def make(corpora: Path, build: Path, out: Path) -> None:
         "--hidden-states", "all", "--num-threads", "1", "--out", str(traces), *_resume(traces),
     )  # fmt: skip
     _run(
-        "train", str(traces), "--predictor", "ensemble", "--epochs", str(EPOCHS), "--balanced",
+        "train", str(traces), "--predictor", "ensemble", "--epochs", str(EPOCHS),
         "--out", str(ensemble), *_resume(ensemble),
     )  # fmt: skip
     _run(

@@ -11,7 +11,7 @@ from outrider.collect.trace import TraceReader
 from outrider.predictors import metrics
 from outrider.predictors.base import family_class
 from outrider.predictors.checkpoint import load_predictor, save_predictor
-from outrider.predictors.drift import Stage, bent, features_of, past_layers
+from outrider.predictors.drift import LiveStage, bent, features_of, past_layers
 from outrider.predictors.ensemble import Ensemble
 from outrider.predictors.errors import PredictorError, TrainingDataError
 from outrider.predictors.examples import Examples
@@ -126,9 +126,9 @@ def replay_before(before, examples):
 def test_running_sees_the_features_it_was_trained_on(ensemble, splits, monkeypatch):
     examples, gates = splits["test"], splits["test"].gates
     seen = []
-    corrections = Stage.corrections
+    corrections = LiveStage.corrections
     monkeypatch.setattr(
-        Stage, "corrections", lambda self, x: (seen.append(x.copy()), corrections(self, x))[1]
+        LiveStage, "corrections", lambda self, x: (seen.append(x.copy()), corrections(self, x))[1]
     )
     predictor = ensemble.make(gates, tokens="last")
     predictor.begin(examples.token_id[:1])
