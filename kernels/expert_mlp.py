@@ -71,7 +71,9 @@ def expert_outputs(
     arena: an `ExpertWeights`, or the mapping one is made of together with `fmt` (and the layout
     flags). Row i of the result goes to `out[out_rows[i]]`, or `out[i]` without `out_rows`; `out`
     [R, H] has hidden_states' dtype and is made if absent. Everything inside an expert is fp32 and
-    the row is rounded once (Triton's grouped products excepted: `grouped_matmul`). A row's bits
+    the row is rounded once. Two exceptions round inner values to hidden_states' dtype as well:
+    Triton's grouped products (`grouped_matmul`), and on the CPU more than 4 rows in bf16 of one
+    expert where the processor has a bf16 unit (`native.has_bf16_products`). A row's bits
     depend on its input row, its expert's weights and the number of rows of this call that go to
     that slot (so all of an expert's rows belong into one call), and on nothing else with the native
     kernels; with Triton's instead of that number on whether T is above `cuda.MAX_GATHERED_TOKENS`.

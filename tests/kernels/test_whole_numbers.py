@@ -10,7 +10,7 @@ from outrider.kernels import native
 from outrider.kernels.linear import linear
 from outrider.kernels.quantization import dequantize, quantize
 
-WHOLE = [name for name in ("avx512_vnni", "avx2") if name in native.ISAS]
+WHOLE = [name for name in ("avx512_bf16", "avx512_vnni", "avx2") if name in native.ISAS]
 ROWS, WIDTH = 96, 1024
 
 
