@@ -75,7 +75,7 @@ aot: $(DEVELOPED) ## compile the GPU kernels for four architectures again, renew
 
 RESULTS ?= build/bench
 TRACES ?= $(RESULTS)/traces
-# Replayed; 20,000 take six minutes on 2 cores.
+# Replayed; hit-rate with 20,000 takes four minutes on 2 cores.
 TOKENS ?= 6000
 BENCH := $(BIN)/outrider bench
 # A result that was not finished must not stand for one.
