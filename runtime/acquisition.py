@@ -87,6 +87,11 @@ class Acquisition:
             self._missing.append(key)
         self._cache.record_use(key)
 
+    @property
+    def is_reading(self) -> bool:
+        """Reads of what is needed are under way, so that compute would wait."""
+        return bool(self._in_flight)
+
     def waves(self) -> Iterator[list[tuple[ExpertKey, Slot]]]:
         """Experts with their slots, readable until the next wave is asked for; blocks on reads.
 

@@ -180,7 +180,7 @@ class ExpertExecutor:
         outputs = hidden_states.new_empty(ids.size, hidden_states.shape[1])  # [T * K, H]
         with acquisition:
             # The misses are being read by now, so forecasting costs no stall.
-            self._forecast(layer_idx, hidden_states)
+            self._forecast(layer_idx, hidden_states, is_free=acquisition.is_reading)
             meanwhile = getattr(module, "outrider_meanwhile", None)
             if meanwhile is not None:
                 meanwhile()
@@ -243,7 +243,8 @@ class ExpertExecutor:
             topk_weights=[weights[rows[key.expert_idx][0]] for key, _ in in_order],
         )
 
-    def _forecast(self, layer_idx: int, hidden_states: torch.Tensor) -> None:
+    def _forecast(self, layer_idx: int, hidden_states: torch.Tensor, *, is_free: bool) -> None:
+        # What compute would have waited for anyway is no cost of a forecast.
         began = time.perf_counter()
         if self._is_asking and self._observers:
             self._offer(
@@ -256,7 +257,8 @@ class ExpertExecutor:
                 step=self._step,
             )
         self.prefetcher.advance(self._step, layer_idx)
-        self._forecast_s += time.perf_counter() - began
+        if not is_free:
+            self._forecast_s += time.perf_counter() - began
 
     def _observe(
         self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor

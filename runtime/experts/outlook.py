@@ -17,7 +17,7 @@ MOST_HIDDEN, LEAST_HIDDEN = 1.15, 0.5
 less, and a forecast of the next layer may come after the one that was counted."""
 
 LEAST_COST, MOST_COST = 0.75, 1.5
-"""Of the time that forecasts took there: a part runs while misses are read; prefetches cost too."""
+"""Of the time that forecasts took there; reads ahead take some of their own."""
 
 FORGETTING = 0.5
 """Of what a trial has shown, after a pause that it has prolonged: it may have been unlucky."""
