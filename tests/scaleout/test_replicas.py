@@ -144,12 +144,27 @@ def _await_engines(fleet, count, *, without):
 @pytest.mark.parametrize("victim", ["engine", "replica"])
 def test_a_killed_replica_costs_the_request_that_streams_from_it_and_no_other(fleet, victim):
     url = fleet.url()
-    engine = _await_engines(fleet, 2, without=())[0]
-    target = engine if victim == "engine" else engine.parent()
+    lost = 0
+    for _ in range(5):
+        engine = _await_engines(fleet, 2, without=())[0]
+        target = engine if victim == "engine" else engine.parent()
+        lost += _lost_with(url, target)
+        # The engine goes with its replica, and another pair comes in their place.
+        psutil.wait_procs([engine], timeout=20)
+        assert not engine.is_running()
+        _await_engines(fleet, 2, without={engine.pid})
+        if lost:
+            return
+    raise AssertionError("each time the victim had sent all of what it ran")
+
+
+def _lost_with(url, target):
+    """How many of six requests end with an error when `target` dies; all else is as it was."""
     calm, after = asyncio.run(_load_with_a_death(url, lambda: os.kill(target.pid, signal.SIGKILL)))
     failed = {number for number, (_, error) in enumerate(after) if error is not None}
-    # What runs on the victim, and what had ended there but was still on its way to the client.
-    assert 1 <= len(failed) <= 2
+    # What runs on the victim, and what had ended there but was still on its way to the client;
+    # or nothing, where the client is so far behind that all had been sent.
+    assert len(failed) <= 2
     for number in failed:
         text, error = after[number]
         # Of what had not begun to stream, nothing is lost: it began again elsewhere.
@@ -157,10 +172,7 @@ def test_a_killed_replica_costs_the_request_that_streams_from_it_and_no_other(fl
         assert "the replica that ran this request ended; send it again" in str(error)
     for number in set(range(6)) - failed:
         assert after[number] == calm[number]
-    # The engine goes with its replica, and another pair comes in their place.
-    psutil.wait_procs([engine], timeout=20)
-    assert not engine.is_running()
-    _await_engines(fleet, 2, without={engine.pid})
+    return len(failed)
 
 
 def test_figures_are_those_of_both_replicas_the_dead_ones_included(fleet):
