@@ -5,6 +5,7 @@ from torch import Tensor
 
 from . import native
 from .reference import combine_reference, expert_rows
+from .ways import Way
 from .weights import ExpertWeights
 
 
@@ -16,6 +17,7 @@ def expert_outputs(
     *,
     out: Tensor,
     out_rows: Tensor | None,
+    way: Way = Way.BY_COUNT,
 ) -> None:
     """Write every assignment's output row; see `expert_mlp.expert_outputs`."""
     if native.serves(weights):
@@ -27,6 +29,7 @@ def expert_outputs(
             out=out,
             out_rows=out_rows,
             num_threads=torch.get_num_threads(),
+            way=way,
         )
         return
     rows = torch.arange(token_idx.shape[0]) if out_rows is None else out_rows.long()

@@ -15,6 +15,7 @@ from . import cpu
 from .activation import ActivationError, canonical_activation
 from .quantization import FORMATS, PLAIN_DTYPES
 from .reference import combine_reference, expert_outputs_reference
+from .ways import Way
 from .weights import ACTIVATION_DTYPES, ExpertWeights
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton")
@@ -64,6 +65,7 @@ def expert_outputs(
     out: Tensor | None = None,
     out_rows: Tensor | None = None,
     impl: str = "reference",
+    way: Way = Way.BY_COUNT,
 ) -> Tensor:
     """Each assignment's expert output, unweighted; one call per wave.
 
@@ -100,7 +102,9 @@ def expert_outputs(
     if num_rows == 0:
         return out
     if impl == "cpu":
-        cpu.expert_outputs(hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows)
+        cpu.expert_outputs(
+            hidden_states, token_idx, slot_ids, weights, out=out, out_rows=out_rows, way=way
+        )
         return out
     if impl == "triton":
         from . import cuda

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .quantization import FORMATS, GROUP_SIZE
+from .ways import Way, ways
 from .weights import ExpertWeights
 
 logger = logging.getLogger(__name__)
@@ -78,6 +79,7 @@ class _Inputs(ctypes.Structure):
         ("token_idx_wide", ctypes.c_int32),
         ("slot_ids_wide", ctypes.c_int32),
         ("out_rows_wide", ctypes.c_int32),
+        ("way", ctypes.c_int32),
     )
 
 
@@ -117,10 +119,9 @@ def load(path: Path) -> ctypes.CDLL:
     Raises OSError as the loader does, AttributeError where the build lacks one of the calls.
     """
     lib = ctypes.CDLL(str(path))
-    pointer, wide, narrow = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    real = ctypes.c_float
+    pointer, wide, narrow, real = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32, ctypes.c_float
     lib.outrider_expert_outputs.argtypes = [pointer, pointer, narrow]
-    lib.outrider_linear.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
+    lib.outrider_linear.argtypes = [pointer] * 3 + [wide, wide] + [narrow] * 3
     lib.outrider_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, narrow, pointer]
     lib.outrider_read.argtypes = [pointer, wide, narrow]
     lib.outrider_read.restype = ctypes.c_float
@@ -129,10 +130,10 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
     lib.outrider_has_bf16_products.argtypes = [narrow]
-    lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, narrow, pointer]
-    lib.outrider_attend.argtypes = [pointer] * 6 + [wide, wide, narrow]
-    lib.outrider_gated_mlp.argtypes = [pointer, pointer, pointer, narrow]
-    lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, narrow]
+    lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, wide, narrow, pointer, narrow]
+    lib.outrider_attend.argtypes = [pointer, *[pointer, wide] * 2, *[pointer] * 2, *[narrow] * 2]
+    lib.outrider_gated_mlp.argtypes = [pointer, pointer, wide, pointer, narrow, narrow]
+    lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
     lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     return lib
 
@@ -217,6 +218,7 @@ def expert_outputs(
     out: Tensor,
     out_rows: Tensor | None,
     num_threads: int,
+    way: Way = Way.BY_COUNT,
 ) -> None:
     """Write every assignment's row of `out`; NativeArgumentError for an index out of range."""
     lib = _loaded()
@@ -239,6 +241,7 @@ def expert_outputs(
         token_idx_wide=token_idx.dtype == torch.int64,
         slot_ids_wide=slot_ids.dtype == torch.int64,
         out_rows_wide=rows is not None and rows.dtype == torch.int64,
+        way=way,
     )
     check_status(
         lib.outrider_expert_outputs(ctypes.byref(descriptor), ctypes.byref(inputs), num_threads)
@@ -265,6 +268,7 @@ def linear(
             hidden_states.shape[0],
             hidden_states.stride(0) * hidden_states.element_size(),
             DTYPE_IDS[hidden_states.dtype],
+            Way.BY_COUNT,
             num_threads,
         )
     )
@@ -286,19 +290,25 @@ class Product:
         self._num_outputs, self._num_inputs = shape
         self._call = _loaded().outrider_linear
 
-    def __call__(self, rows: Tensor, num_rows: int) -> Tensor:
-        """[..., K] -> [..., N] in the rows' dtype; `num_rows` of them, contiguous, on the CPU."""
+    def __call__(self, rows: Tensor, num_rows: int, num_streamed: int | None = None) -> Tensor:
+        """[..., K] -> [..., N] in the rows' dtype; `num_rows` of them, contiguous, on the CPU.
+
+        `num_streamed` as for `ways`.
+        """
         out = rows.new_empty((*rows.shape[:-1], self._num_outputs))
-        status = self._call(
-            self._pointer,
-            rows.data_ptr(),
-            out.data_ptr(),
-            num_rows,
-            self._num_inputs * rows.element_size(),
-            DTYPE_IDS[rows.dtype],
-            torch.get_num_threads(),
-        )
-        if status:
+        size = rows.element_size()
+        stride, out_stride = self._num_inputs * size, self._num_outputs * size
+        for begin, count, way in ways(num_rows, num_streamed):
+            status = self._call(
+                self._pointer,
+                rows.data_ptr() + begin * stride,
+                out.data_ptr() + begin * out_stride,
+                count,
+                stride,
+                DTYPE_IDS[rows.dtype],
+                way,
+                torch.get_num_threads(),
+            )
             check_status(status)
         return out
 

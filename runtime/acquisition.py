@@ -67,9 +67,9 @@ class Acquisition:
     def _look_up(self, key: ExpertKey) -> None:
         traffic = self._traffic
         traffic.lookups += 1
-        slot = self._cache.lookup(key)
+        slot = self._lease.hold(key)
         if slot is not None:
-            self._hand_out(key, slot)
+            self._ready.append((key, slot))
             if self._cache.record_use(key):
                 traffic.hits_prefetched += 1
                 traffic.prefetch_used_next += self._prefetcher.was_for_next(key)
@@ -133,9 +133,9 @@ class Acquisition:
 
     def _take_prefetched(self, key: ExpertKey) -> bool:
         # A forecast for a later step may have had it read ahead since it was looked up.
-        slot = self._cache.lookup(key)
+        slot = self._lease.hold(key)
         if slot is not None:
-            self._hand_out(key, slot)
+            self._ready.append((key, slot))
             return True
         copy = self._prefetcher.claim(key)
         if copy is not None:

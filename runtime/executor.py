@@ -74,6 +74,7 @@ class ExpertExecutor:
         self._has_failed = False
         self._is_decode = False
         self._is_asking = False
+        self._num_streamed: int | None = None
         self._began_s = 0.0
         self._forecast_s = 0.0
 
@@ -86,13 +87,18 @@ class ExpertExecutor:
         """Remember that a predictor failed before it was asked for anything here."""
         self._has_failed = True
 
-    def begin_step(self, step: int, observers: Sequence[Observer]) -> None:
+    def begin_step(
+        self, step: int, observers: Sequence[Observer], *, num_streamed: int | None = None
+    ) -> None:
         """A forward pass begins. `step` counts passes; `observers` cover its rows in order.
+        The first `num_streamed` rows are computed as single tokens are, the others as prompts are;
+        None leaves it to how many rows an expert gets.
 
         Predictors of sequences that decode are asked for the whole pass, since their new token is
         known; the reads that this starts run while the first layers compute.
         """
         self._step = step
+        self._num_streamed = num_streamed
         self._observers = self._useful(observers)
         self._traffic = ExpertTraffic()
         self._stall_s = 0.0
@@ -204,6 +210,7 @@ class ExpertExecutor:
                     rows=[rows[key.expert_idx] for key, _ in wave],
                     top_k=ids.shape[1],
                     out=outputs,
+                    num_streamed=self._num_streamed,
                 )
         self._stall_s += acquisition.stall_s
         if self._observers:
@@ -233,7 +240,8 @@ class ExpertExecutor:
         topk_weights: torch.Tensor,
     ) -> torch.Tensor | None:
         """All experts of a single token in one call, or None where it cannot be one."""
-        if hidden_states.shape[0] != 1 or hidden_states.device.type != "cpu":
+        is_prompt = self._num_streamed == 0
+        if hidden_states.shape[0] != 1 or is_prompt or hidden_states.device.type != "cpu":
             return None
         weights = topk_weights[0].float().tolist()
         in_order = sorted(wave)

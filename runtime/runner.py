@@ -12,7 +12,7 @@ from .executor import ExpertExecutor, Observer
 from .models import adapter
 from .models.attention import RaggedAttention, Span
 from .models.loading import LoadedModel
-from .models.token_decoder import TokenDecoder
+from .models.native_decoder import NativeDecoder
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .stats import ExpertTraffic
@@ -51,7 +51,7 @@ class ModelRunner:
         self._device = loaded.device
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
-        self._decoder = TokenDecoder.of(loaded.model)
+        self._decoder = NativeDecoder.of(loaded.model)
         self._num_passes = 0
         matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
@@ -80,7 +80,8 @@ class ModelRunner:
 
     def _run(self, batch: ScheduledBatch[Sequence], *, every_row: bool) -> StepOutput:
         began = time.perf_counter()
-        self._begin(batch)
+        num_streamed = _num_streamed(batch) if self._decoder is not None else None
+        self._begin(batch, num_streamed)
         token_ids = [
             token_id
             for span in batch.spans
@@ -95,11 +96,13 @@ class ModelRunner:
         if every_row:
             rows = list(range(batch.num_tokens))
         with self._threads(batch.num_tokens):
-            if self._decoder is not None and len(token_ids) == len(rows) == 1:
-                kv = batch.spans[0].sequence.kv
-                logits = self._decoder.logits(token_ids[0], positions[0], kv)
+            spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
+            if self._decoder is not None and num_streamed is not None:
+                logits = self._decoder.logits(
+                    token_ids, positions, spans, num_streamed=num_streamed, rows=rows
+                )
             else:
-                logits = self._forward(batch, token_ids, positions, rows)
+                logits = self._forward(token_ids, positions, spans, rows)
         for span in batch.spans:
             span.sequence.num_computed += span.num_tokens
         traffic, stall_s = self._executor.end_step()
@@ -112,13 +115,8 @@ class ModelRunner:
         )
 
     def _forward(
-        self,
-        batch: ScheduledBatch[Sequence],
-        token_ids: list[int],
-        positions: list[int],
-        rows: list[int],
+        self, token_ids: list[int], positions: list[int], spans: list[Span], rows: list[int]
     ) -> torch.Tensor:
-        spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
         with self._attention.over(spans):
             output = self._model(
                 input_ids=torch.tensor([token_ids], device=self._device),
@@ -141,7 +139,7 @@ class ModelRunner:
         finally:
             torch.set_num_threads(num_threads)
 
-    def _begin(self, batch: ScheduledBatch[Sequence]) -> None:
+    def _begin(self, batch: ScheduledBatch[Sequence], num_streamed: int | None) -> None:
         observers: list[Observer] = []
         for span in batch.spans:
             sequence = span.sequence
@@ -152,5 +150,15 @@ class ModelRunner:
                 observers.append(
                     Observer(sequence.predictor, span.start, span.end, sequence.step, token_id)
                 )
-        self._executor.begin_step(self._num_passes, observers)
+        self._executor.begin_step(self._num_passes, observers, num_streamed=num_streamed)
         self._num_passes += 1
+
+
+def _num_streamed(batch: ScheduledBatch[Sequence]) -> int:
+    """Rows of the sequences that decode, which stand before those of prompts."""
+    num_rows = 0
+    for span in batch.spans:
+        if span.sequence.is_prefill:
+            break
+        num_rows = span.end
+    return num_rows

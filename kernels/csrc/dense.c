@@ -21,7 +21,7 @@ typedef struct {
     uint8_t *out;
     int64_t num_tokens, x_stride, values, sums, pairs, scratch_size, rows;
     int32_t format;
-    int in_pairs; /* many tokens are computed in bf16 */
+    int in_tiles, in_pairs; /* pairs: many tokens are computed in bf16 */
     float *x_values, *x_sums, *scratch;
     uint16_t *x_pairs;
     Prepared *tokens;
@@ -55,8 +55,8 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
         Run run = {.weight = matrix->weight + from * row_bytes(matrix->format, matrix->k),
                    .rows = rows, .k = matrix->k};
         if (matrix->scale) run.scale = matrix->scale + from * scale_bytes(matrix->format, matrix->k);
-        if (count <= MAX_ROW_TOKENS)
-            kernels->rows[matrix->format][count - 1](&run, dense->tokens, scratch, buffer, rows);
+        if (!dense->in_tiles)
+            streamed(kernels, matrix->format, &run, dense->tokens, count, scratch, buffer, rows);
         else if (dense->in_pairs)
             kernels->pairs[matrix->format](&run, dense->tokens, count, scratch, buffer, rows);
         else
@@ -75,12 +75,13 @@ static void dense_body(void *context, int32_t thread, int32_t num_threads) {
 
 /* out [num_tokens, n] = x [num_tokens, k] times the matrix, plus its bias. */
 int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_t num_tokens,
-                    int64_t x_stride, int32_t format, int32_t num_threads) {
+                    int64_t x_stride, int32_t format, int32_t way, int32_t num_threads) {
     const Kernels *kernels = active_kernels();
     Dense dense = {.kernels = kernels, .matrix = matrix, .x = x, .out = out,
                    .num_tokens = num_tokens, .x_stride = x_stride, .format = format};
     if (num_tokens == 0) return OK;
-    dense.in_pairs = format == BF16 && num_tokens > MAX_ROW_TOKENS && kernels->pairs[matrix->format];
+    dense.in_tiles = is_tiled(way, num_tokens);
+    dense.in_pairs = dense.in_tiles && format == BF16 && kernels->pairs[matrix->format];
     if (dense.in_pairs) {
         dense.pairs = kernels->pairs_size(matrix->k);
     } else {
@@ -88,7 +89,7 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
         dense.sums = (kernels->sums_size(matrix->format, matrix->k) + 15) / 16 * 16;
     }
     dense.rows = ROWS_AT_ONCE;
-    if (num_tokens <= MAX_ROW_TOKENS) {
+    if (!dense.in_tiles) {
         dense.rows = 128;
         while (dense.rows > 16 && matrix->n / dense.rows < 8 * num_threads) dense.rows /= 2;
     }

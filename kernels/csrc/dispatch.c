@@ -30,6 +30,14 @@ const Kernels *active_kernels(void) {
     return kernels;
 }
 
+void streamed(const Kernels *kernels, int32_t format, const Run *run, const Prepared *tokens,
+              int64_t count, float *scratch, float *out, int64_t stride) {
+    for (int64_t at = 0; at < count; at += MAX_ROW_TOKENS) {
+        int64_t few = count - at < MAX_ROW_TOKENS ? count - at : MAX_ROW_TOKENS;
+        kernels->rows[format][few - 1](run, tokens + at, scratch, out + at * stride, stride);
+    }
+}
+
 const char *outrider_isa(void) { return active_kernels()->name; }
 
 /* Use the kernels called `name`; 0 if this processor or build has none. */

@@ -11,9 +11,13 @@ typedef struct {
     uint8_t *out;
     const void *token_idx, *slot_ids, *out_rows;
     int64_t num_tokens, x_stride, num_assignments, num_out_rows;
-    int32_t format, token_idx_wide, slot_ids_wide, out_rows_wide;
+    int32_t format, token_idx_wide, slot_ids_wide, out_rows_wide, way;
 } Inputs;
 
 const Kernels *active_kernels(void);
+
+/* The `rows` kernels over any number of tokens, a few at a time while the run lies in the caches. */
+void streamed(const Kernels *kernels, int32_t format, const Run *run, const Prepared *tokens,
+              int64_t count, float *scratch, float *out, int64_t stride);
 
 #endif

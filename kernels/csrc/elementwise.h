@@ -72,6 +72,33 @@ static void activate(int32_t activation, const float *gate, const float *up, int
     }
 }
 
+/* scores [count] -> their softmax after `scaling`; its bits depend on these scores alone. */
+static void softmax(float *scores, int64_t count, float scaling) {
+    int64_t whole = count / W * W;
+    float last[W], lanes[W], top = -INFINITY, total;
+    vf largest = splat(-INFINITY), sums = {0}, v;
+    for (int i = 0; i < W; i++) last[i] = whole + i < count ? scores[whole + i] : -INFINITY;
+    for (int64_t i = 0; i <= whole; i += W) {
+        v = load(i < whole ? scores + i : last) * scaling;
+        vi over = v > largest; /* never a NaN, which shows in the sum instead */
+        largest = (vf)(((vi)v & over) | ((vi)largest & ~over));
+        store(i < whole ? scores + i : last, v);
+    }
+    store(lanes, largest);
+    for (int i = 0; i < W; i++) top = lanes[i] > top ? lanes[i] : top;
+    for (int64_t i = 0; i < whole; i += W) {
+        v = exp_(load(scores + i) - top);
+        store(scores + i, v);
+        sums += v;
+    }
+    store(last, exp_(load(last) - top));
+    for (int i = 0; i < W; i++)
+        if (whole + i >= count) last[i] = 0;
+    total = sum(sums + load(last));
+    for (int64_t i = 0; i < whole; i += W) store(scores + i, load(scores + i) / total);
+    for (int64_t i = whole; i < count; i++) scores[i] = last[i - whole] / total;
+}
+
 static void widen(int32_t format, const void *in, int64_t count, float *out) {
     const uint16_t *half = in;
     if (format == FP32) memcpy(out, in, sizeof(float) * (size_t)count);

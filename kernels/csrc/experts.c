@@ -61,7 +61,7 @@ static void multiply(const Plan *plan, int32_t format, const Run *run, const Pre
                      int64_t count, int tiled, float *scratch, float *out, int64_t stride) {
     const Kernels *kernels = plan->kernels;
     if (!tiled)
-        kernels->rows[format][count - 1](run, tokens, scratch, out, stride);
+        streamed(kernels, format, run, tokens, count, scratch, out, stride);
     else if (plan->in_pairs)
         kernels->pairs[format](run, tokens, count, scratch, out, stride);
     else
@@ -177,10 +177,13 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         int64_t start = chunk % chunks * CHUNK, from = start + job % parts * plan->sub;
         int64_t rows = min64(plan->sub, inner - from);
         if (rows > 0) {
-            Prepared tokens[MAX_ROW_TOKENS];
-            for (int64_t m = 0; m < group->count; m++) tokens[m] = token_of(plan, group->begin + m);
-            gate_and_up(plan, group->slot, from, rows, tokens, group->count, 0, scratch, buffer,
-                        plan->h + group->begin * inner + from, inner);
+            for (int64_t skip = 0; skip < group->count; skip += MAX_ROW_TOKENS) {
+                int64_t few = min64(group->count - skip, MAX_ROW_TOKENS), at = group->begin + skip;
+                Prepared tokens[MAX_ROW_TOKENS];
+                for (int64_t m = 0; m < few; m++) tokens[m] = token_of(plan, at + m);
+                gate_and_up(plan, group->slot, from, rows, tokens, few, 0, scratch, buffer,
+                            plan->h + at * inner + from, inner);
+            }
         }
         /* Whoever finishes a chunk last lays it out for the down rows. */
         if (atomic_fetch_add(&plan->finished[chunk], 1) == parts - 1)
@@ -194,10 +197,13 @@ static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float 
         if (g >= plan->num_small) break;
         const Group *group = &plan->groups[g];
         int64_t from = job % chunks * plan->sub;
-        Prepared tokens[MAX_ROW_TOKENS];
-        for (int64_t m = 0; m < group->count; m++) tokens[m] = inner_of(plan, group->begin + m);
-        down(plan, group, 0, from, min64(plan->sub, hidden - from), tokens, group->count, 0,
-             scratch, buffer);
+        for (int64_t skip = 0; skip < group->count; skip += MAX_ROW_TOKENS) {
+            int64_t few = min64(group->count - skip, MAX_ROW_TOKENS);
+            Prepared tokens[MAX_ROW_TOKENS];
+            for (int64_t m = 0; m < few; m++) tokens[m] = inner_of(plan, group->begin + skip + m);
+            down(plan, group, skip, from, min64(plan->sub, hidden - from), tokens, few, 0, scratch,
+                 buffer);
+        }
     }
 }
 
@@ -261,7 +267,7 @@ static int64_t group_assignments(Plan *plan) {
     for (int64_t i = 0; i < n; i++) counts[read_index(in->slot_ids, in->slot_ids_wide, i)]++;
     for (int large = 0; large < 2; large++) {
         for (int64_t slot = 0; slot < num_slots; slot++)
-            if (counts[slot] && (counts[slot] > MAX_ROW_TOKENS) == large) {
+            if (counts[slot] && is_tiled(in->way, counts[slot]) == large) {
                 plan->groups[plan->num_groups++] = (Group){slot, at, counts[slot]};
                 at += counts[slot];
                 if (large) steps += ceil_div(counts[slot], TOKENS_AT_ONCE);
@@ -304,8 +310,8 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
     plan.sums = (kernels->sums_size(experts->gate_up.format, hidden) + 15) / 16 * 16;
     plan.inner_values = kernels->values_size(experts->down.format, inner);
     plan.inner_sums = (kernels->sums_size(experts->down.format, inner) + 15) / 16 * 16;
-    plan.in_pairs = in->format == BF16 && kernels->pairs[experts->gate_up.format] &&
-                    kernels->pairs[experts->down.format];
+    plan.in_pairs = in->way != STREAMED && in->format == BF16 &&
+                    kernels->pairs[experts->gate_up.format] && kernels->pairs[experts->down.format];
     if (plan.in_pairs) {
         plan.pairs = kernels->pairs_size(hidden);
         plan.inner_pairs = kernels->pairs_size(inner);

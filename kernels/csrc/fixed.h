@@ -74,8 +74,16 @@ INLINE vf eight_scales(const uint8_t *scale, int64_t g) {
     return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16);
 }
 
+/* Lanes [from, to) of eight floats, the others 0 and not read. */
+INLINE vf load_lanes(const float *p, int from, int to) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    __m256i begun = _mm256_cmpgt_epi32(lane, _mm256_set1_epi32(from - 1));
+    return (vf)_mm256_maskload_ps(
+        p, _mm256_and_si256(begun, _mm256_cmpgt_epi32(_mm256_set1_epi32(to), lane)));
+}
+
 /* Scales of one row times a token's factors, into `own`; returns what the nibbles' offset of 8 adds.
-   A last part of eight is read so that it ends where the row ends, and its sums are set for that. */
+   A last part of eight is read so that it ends where the row ends, without the sums met before. */
 INLINE vf fixed_scales(const uint8_t *scale, int64_t k, const Prepared *input, float *own) {
     int64_t groups = (k + GROUP - 1) / GROUP, g = 0;
     const float *factors = fixed_factors(INT4, input->values, k);
@@ -91,7 +99,8 @@ INLINE vf fixed_scales(const uint8_t *scale, int64_t k, const Prepared *input, f
         if (groups < W) memcpy(few, scale, 2 * (size_t)groups);
         vf scaled = eight_scales(groups < W ? few : scale, last) * load(factors + last);
         store(own + last, scaled);
-        offset = fma_(scaled, load(input->sums + 2 * blocks(k)), offset);
+        offset = fma_(scaled, load_lanes(input->sums + last, (int)(g - last), (int)(groups - last)),
+                      offset);
     }
     return offset;
 }
@@ -145,10 +154,13 @@ INLINE void fixed_int4_rows(int tokens, const Run *run, const Prepared *inputs, 
         fixed_int4_row(1, tokens, run, r, 0, inputs, scratch, out, stride);
 }
 
-INLINE void fixed_int8_rows(const Run *run, const Prepared *inputs, float *out) {
+INLINE void fixed_int8_rows(int tokens, const Run *run, const Prepared *inputs, float *out,
+                            int64_t stride) {
     int64_t apart = run->rows / 4;
-    for (int64_t r = 0; r < apart; r++)
-        fixed_int8_row(4, run, r, apart, inputs->values, out);
-    for (int64_t r = apart * 4; r < run->rows; r++)
-        fixed_int8_row(1, run, r, 0, inputs->values, out);
+    for (int m = 0; m < tokens; m++, out += stride) {
+        for (int64_t r = 0; r < apart; r++)
+            fixed_int8_row(4, run, r, apart, inputs[m].values, out);
+        for (int64_t r = apart * 4; r < run->rows; r++)
+            fixed_int8_row(1, run, r, 0, inputs[m].values, out);
+    }
 }

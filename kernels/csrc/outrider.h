@@ -10,7 +10,14 @@ enum { SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU };
 enum { OK, BAD_TOKEN, BAD_SLOT, BAD_ROW, NO_MEMORY };
 
 enum { GROUP = 64 };         /* weights that share a scale in INT4 and NF4 */
-enum { MAX_ROW_TOKENS = 4 }; /* tokens that one pass over a row serves; more go to the tiles */
+enum { MAX_ROW_TOKENS = 4 }; /* tokens that one pass over a row serves */
+
+/* Which kernels compute a call: `rows`, four tokens at a time, or tiles (`pairs` where they serve). A
+   token's bits depend on that choice and on the token alone. BY_COUNT: tiles for more than four. */
+enum { BY_COUNT, STREAMED, TILED };
+static inline int is_tiled(int32_t way, int64_t num_tokens) {
+    return way == TILED || (way == BY_COUNT && num_tokens > MAX_ROW_TOKENS);
+}
 
 /* One [n, k] matrix in every slot. Strides are bytes from slot to slot. scale: INT8 fp32 [n],
    INT4 bf16 [n, groups], NF4 fp32 [n * k / 64], else NULL. bias: `bias_format` [n] or NULL. */
@@ -65,6 +72,7 @@ typedef struct {
                                float *scratch, float *out, int64_t stride);
     void (*activate)(int32_t activation, const float *gate, const float *up, int64_t count,
                      float *out);
+    void (*softmax)(float *scores, int64_t count, float scaling);
     void (*widen)(int32_t format, const void *in, int64_t count, float *out);
     void (*narrow)(int32_t format, const float *in, int64_t count, void *out);
     float (*read)(const uint8_t *bytes, int64_t count);

@@ -79,50 +79,45 @@ INLINE void decode_unit(int32_t format, const uint8_t *p, vf out[4]) {
 /* Rows far apart in memory are read side by side: each is one more stream for the hardware to run ahead
    in (one stream a thread reaches 0.8 of what four do). */
 INLINE int streams(int tokens) { return tokens == 4 ? 2 : 4; }
-INLINE int accumulators(int tokens) { return tokens == 1 ? 2 : 1; }
 
-INLINE void plain_block(int32_t format, int rows, int tokens, const uint8_t *p, int64_t apart,
-                        const float *const *x, int64_t at, vf acc[][MAX_ROW_TOKENS][2]) {
-    int vectors = unit_vectors(format);
-    UNROLL for (int u = 0; u < 8 / vectors; u++) {
-        UNROLL for (int r = 0; r < rows; r++) {
-            vf w[4];
-            decode_unit(format, p + r * apart + u * unit_bytes(format), w);
-            UNROLL for (int v = 0; v < vectors; v++) {
-                int j = u * vectors + v;
-                UNROLL for (int m = 0; m < tokens; m++) {
-                    vf *a = &acc[r][m][j % accumulators(tokens)];
-                    *a = fma_(w[v], load(x[m] + at + j * W), *a);
-                }
-            }
-        }
+/* One load of weights of each row, against inputs [at, at + ...). */
+INLINE void plain_unit(int32_t format, int rows, int tokens, const uint8_t *p, int64_t apart,
+                       const float *const *x, int64_t at, vf acc[][MAX_ROW_TOKENS]) {
+    UNROLL for (int r = 0; r < rows; r++) {
+        vf w[4];
+        decode_unit(format, p + r * apart, w);
+        UNROLL for (int v = 0; v < unit_vectors(format); v++)
+            UNROLL for (int m = 0; m < tokens; m++)
+                acc[r][m] = fma_(w[v], load(x[m] + at + v * W), acc[r][m]);
     }
 }
+
+enum { UNITS = 4 };
 
 /* Rows first, first + apart, ...: their sums into out. */
 INLINE void plain_row(int32_t format, int rows, int tokens, const Run *run, int64_t first,
                       int64_t apart, const float *const *x, float *out, int64_t stride) {
-    int64_t bytes = row_bytes(format, run->k), full = run->k / BLOCK;
-    int64_t rest = bytes - full * block_bytes(format);
+    int64_t bytes = row_bytes(format, run->k), width = unit_vectors(format) * W, at = 0;
+    int64_t units = bytes / unit_bytes(format), rest = bytes % unit_bytes(format);
     const uint8_t *p = run->weight + first * bytes;
-    vf acc[4][MAX_ROW_TOKENS][2];
+    vf acc[4][MAX_ROW_TOKENS];
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int m = 0; m < tokens; m++)
-            UNROLL for (int i = 0; i < accumulators(tokens); i++) acc[r][m][i] = (vf){0};
-    for (int64_t b = 0; b < full; b++, p += block_bytes(format))
-        plain_block(format, rows, tokens, p, apart * bytes, x, b * BLOCK, acc);
+        UNROLL for (int m = 0; m < tokens; m++) acc[r][m] = (vf){0};
+    for (; units >= UNITS; units -= UNITS)
+        UNROLL for (int u = 0; u < UNITS; u++, at += width, p += unit_bytes(format))
+            plain_unit(format, rows, tokens, p, apart * bytes, x, at, acc);
+    for (; units; units--, at += width, p += unit_bytes(format))
+        plain_unit(format, rows, tokens, p, apart * bytes, x, at, acc);
     if (rest) {
-        uint8_t last[4][BLOCK * 4] = {{0}};
+        uint8_t last[4][4 * W] = {{0}};
         for (int r = 0; r < rows; r++) memcpy(last[r], p + r * apart * bytes, (size_t)rest);
-        plain_block(format, rows, tokens, last[0], sizeof last[0], x, full * BLOCK, acc);
+        plain_unit(format, rows, tokens, last[0], sizeof last[0], x, at, acc);
     }
     UNROLL for (int r = 0; r < rows; r++) {
         float scale = 1;
         if (format == INT8) memcpy(&scale, run->scale + 4 * (first + r * apart), 4);
-        UNROLL for (int m = 0; m < tokens; m++) {
-            vf total = accumulators(tokens) == 2 ? acc[r][m][0] + acc[r][m][1] : acc[r][m][0];
-            out[m * stride + first + r * apart] = sum(total) * scale;
-        }
+        UNROLL for (int m = 0; m < tokens; m++)
+            out[m * stride + first + r * apart] = sum(acc[r][m]) * scale;
     }
 }
 
@@ -230,15 +225,18 @@ BOTH(2)
 BOTH(3)
 BOTH(4)
 #else
-MANY(int8, INT8, plain_rows, )
 #if defined(ISA_AVX2)
-WHOLE(int8, 1, fixed_int8_rows(run, inputs, out))
+WHOLE(int8, 1, fixed_int8_rows(1, run, inputs, out, stride))
+WHOLE(int8, 2, fixed_int8_rows(2, run, inputs, out, stride))
+WHOLE(int8, 3, fixed_int8_rows(3, run, inputs, out, stride))
+WHOLE(int8, 4, fixed_int8_rows(4, run, inputs, out, stride))
 WHOLE(int4, 1, fixed_int4_rows(1, run, inputs, scratch, out, stride))
 WHOLE(int4, 2, fixed_int4_rows(2, run, inputs, scratch, out, stride))
 WHOLE(int4, 3, fixed_int4_rows(3, run, inputs, scratch, out, stride))
 WHOLE(int4, 4, fixed_int4_rows(4, run, inputs, scratch, out, stride))
 #else
 ROWS(int8, INT8, 1, plain_rows, )
+MANY(int8, INT8, plain_rows, )
 ROWS(int4, INT4, 1, grouped_rows, scratch, )
 MANY(int4, INT4, grouped_rows, scratch, )
 #endif
@@ -264,6 +262,7 @@ const Kernels KERNELS = {
     .tiles_scratch = TILE_ROWS * SLICE,
 #endif
     .activate = activate,
+    .softmax = softmax,
     .widen = widen,
     .narrow = narrow,
     .read = read_bytes,

@@ -127,11 +127,5 @@ static void fix_int4(const float *x, int64_t k, int64_t from, int64_t to, float 
     for (int64_t g = groups; g < 2 * blocks(k) + W; g++) factors[g] = 0;
 #if defined(ISA_VNNI)
     for (int64_t g = groups; g < sums_size(INT4, k); g++) sums[g] = 0;
-#else
-    int64_t rest = groups % W;
-    float *last = sums + 2 * blocks(k);
-    for (int i = 0; i < W; i++) last[i] = 0;
-    for (int64_t i = 0; i < rest; i++)
-        last[(groups < W ? 0 : W - rest) + i] = sums[groups - rest + i];
 #endif
 }

@@ -60,6 +60,9 @@ _ONE_SERVER = {
 }
 _MANY_SERVERS = {"address": "is for replicas on a cluster; add --replicas N"}
 _NAMES = ServeOptions.__struct_fields__
+# How long the engine's thread and the socket's may keep the interpreter from each other. With the
+# default of 5 ms a token waits longer than the socket's thread has work (measured: bench/LOG.md).
+_SWITCH_S = 1e-4
 
 
 def _serve(help_text: str) -> Any:
@@ -214,6 +217,7 @@ def serve(
         version=version("outrider"),
     )
     interrupted = _stop_on_signals(server)
+    sys.setswitchinterval(_SWITCH_S)
     code = server.run(on_bound=lambda bound: typer.echo(bound))
     is_over = server.close()
     if not is_over:

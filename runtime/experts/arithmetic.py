@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional
 
 from ...kernels import native, quantization
+from ...kernels.decoder import token_experts
 from ...kernels.expert_mlp import expert_outputs
-from ...kernels.token import token_experts
+from ...kernels.ways import ways
 from ...kernels.weights import ExpertWeights
 from .slots import SlotArena
 
@@ -37,8 +38,11 @@ class ExpertArithmetic(Protocol):
         rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
+        num_streamed: int | None = None,
     ) -> None:
         """Write `out[rows[i]]` for the expert in `slots[i]`: unweighted outputs, [T * K, H].
+
+        `num_streamed` as for `kernels.ways.ways`, of the rows of hidden_states.
 
         hidden_states [T, H]; `rows[i]` holds flat positions t * top_k + k. On the CPU it blocks
         until they are written.
@@ -73,23 +77,30 @@ class KernelArithmetic:
         rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
+        num_streamed: int | None = None,
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is not asked."""
         # In numpy, since each op of torch on a handful of indices costs ten times as much.
         positions = np.concatenate(rows)
         slot_ids = np.repeat(np.asarray(slots), [len(one) for one in rows])
-        token_idx, slot_ids, out_rows = (
-            torch.from_numpy(one).to(hidden_states.device)
-            for one in (positions // top_k, slot_ids, positions)
-        )
-        expert_outputs(
-            hidden_states,
-            (token_idx, slot_ids),
-            self._weights,
-            out=out,
-            out_rows=out_rows,
-            impl=self._impl,
-        )
+        token_idx = positions // top_k
+        for begin, count, way in ways(hidden_states.shape[0], num_streamed):
+            chosen: Any = slice(None)
+            if count < hidden_states.shape[0]:
+                chosen = (token_idx >= begin) & (token_idx < begin + count)
+            some = [
+                torch.from_numpy(one[chosen]).to(hidden_states.device)
+                for one in (token_idx, slot_ids, positions)
+            ]
+            expert_outputs(
+                hidden_states,
+                (some[0], some[1]),
+                self._weights,
+                out=out,
+                out_rows=some[2],
+                impl=self._impl,
+                way=way,
+            )
 
     def token_sum(
         self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
@@ -120,8 +131,10 @@ class ModuleArithmetic:
         rows: Sequence[np.ndarray],
         top_k: int,
         out: torch.Tensor,
+        num_streamed: int | None = None,
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is the experts module, its weights on meta."""
+        del num_streamed  # one way of computing
         for slot, row in zip(slots, rows, strict=True):
             positions = torch.from_numpy(row).to(hidden_states.device)
             states = hidden_states[positions // top_k]  # [n, H]

@@ -14,6 +14,7 @@ from ...predictors.base import Forecast
 from .eviction import Evictable, EvictionPolicy
 
 Slot = int
+_RELEASED = "the lease was released; pin the experts anew"
 
 
 class Kind(Enum):
@@ -76,11 +77,23 @@ class Lease:
         All or none: KeyError for a key that is not READY, before any is pinned.
         """
         if self._is_released:
-            raise ValueError("the lease was released; pin the experts anew")
+            raise ValueError(_RELEASED)
         for entry in self._cache._ready_entries(keys):
             if entry.key not in self.slots:
                 entry.num_pins += 1
                 self.slots[entry.key] = entry.slot
+
+    def hold(self, key: ExpertKey) -> Slot | None:
+        """Pin one expert if it is READY: its slot, or None. What `lookup` and `add` would do."""
+        entry = self._cache._entries.get(key)
+        if entry is None or entry.state is not SlotState.READY:
+            return None
+        if self._is_released:
+            raise ValueError(_RELEASED)
+        if key not in self.slots:
+            entry.num_pins += 1
+            self.slots[key] = entry.slot
+        return entry.slot
 
     def release(self) -> None:
         """Let the experts be evicted again; idempotent."""

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -39,6 +40,8 @@ class SequenceKv:
     def __init__(self) -> None:
         self._keys: dict[int, torch.Tensor] = {}
         self._values: dict[int, torch.Tensor] = {}
+        self._addresses: np.ndarray | None = None  # as `room` returns them, until a layer grows
+        self._capacity = 0
         self.length = 0
 
     @property
@@ -61,17 +64,29 @@ class SequenceKv:
         all_values[:, :, self.length : total] = values
         return all_keys[:, :, :total], all_values[:, :, :total]
 
-    def room_for_one(
-        self, layer_idx: int, *, like: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """One layer's buffers [1, heads, capacity, dim] of keys and values, a row's place free.
+    def room(
+        self, num_tokens: int, *, num_layers: int, like: torch.Tensor
+    ) -> tuple[np.ndarray, int]:
+        """Have room for so many more rows in layers 0 to `num_layers`; where it is.
 
-        That place is `length`; whoever fills it calls `advance` at the end of the step. `like`
-        [1, heads, 0, dim] has their sizes and dtype. Valid until the layer grows.
+        The addresses [layers, 2] of each layer's keys and values, [heads, capacity, dim], and the
+        capacity. Whoever fills the rows from `length` on calls `advance` at the end of the step.
+        `like` [1, heads, 0, dim] has their sizes and dtype. Valid until a layer grows.
         """
-        total = self.length + 1
-        keys = self._room(self._keys, layer_idx, like, total=total)
-        return keys, self._room(self._values, layer_idx, like, total=total)
+        total = self.length + num_tokens
+        if self._addresses is None or total > self._capacity:
+            rooms = [
+                (
+                    self._room(self._keys, layer_idx, like, total=total),
+                    self._room(self._values, layer_idx, like, total=total),
+                )
+                for layer_idx in range(num_layers)
+            ]
+            self._addresses = np.array(
+                [(keys.data_ptr(), values.data_ptr()) for keys, values in rooms], dtype=np.int64
+            )
+            self._capacity = min(keys.shape[2] for keys, _ in rooms)
+        return self._addresses, self._capacity
 
     def advance(self, num_tokens: int) -> None:
         """Every layer has appended `num_tokens` rows: they are part of the past from now on."""
@@ -87,6 +102,7 @@ class SequenceKv:
             if buffer is not None:
                 grown[:, :, : self.length] = buffer[:, :, : self.length]
             buffers[layer_idx] = buffer = grown
+            self._addresses = None
         return buffer
 
 

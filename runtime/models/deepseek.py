@@ -133,13 +133,17 @@ class DeepseekTopKRouter(nn.Module):
         [T, K] (int64).
         """
         router_logits = F.linear(hidden_states.reshape(-1, self.hidden_dim), self.weight)
+        return router_logits, *self.choose(router_logits)
+
+    def choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        """router_logits [T, E] -> topk_weights [T, K], topk_indices [T, K] (int64)."""
         scores = router_logits.softmax(dim=-1)
         topk_weights, topk_indices = torch.topk(scores, self.top_k, dim=-1)
         if self.norm_topk_prob:
             topk_weights = topk_weights / (
                 topk_weights.sum(dim=-1, keepdim=True) + _RENORMALISATION_EPS
             )
-        return router_logits, topk_weights, topk_indices
+        return topk_weights, topk_indices
 
 
 @use_experts_implementation

@@ -1,5 +1,7 @@
-"""One token through the parts of a decoder layer: a native call each.
+"""Rows of several sequences through the parts of a decoder layer: a native call each.
 
+The first `num_streamed` rows of a pass are computed as single tokens are, the others as prompts are
+(`ways`); apart from that a row's bits depend on the row and its sequence's past alone.
 Descriptors are made once and go by the addresses of the tensors they keep alive, which must stay
 where they are. Knows matrices, keys and values; no model. There is no second implementation here:
 where the native library is missing, `is_available` says so and a model's own modules compute.
@@ -9,12 +11,14 @@ import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from . import native
 from .activation import ACTIVATIONS, canonical_activation
-from .native import DTYPE_IDS, Matrix
+from .native import DTYPE_IDS, Matrix, Product
+from .ways import Way, ways
 from .weights import ExpertWeights
 
 
@@ -85,17 +89,50 @@ class RmsNorm:
     def __init__(self, weight: Tensor, eps: float) -> None:
         self._weight = weight
         self._call = _library().outrider_rms_norm
-        self._arguments = (weight.data_ptr(), eps, weight.shape[0], DTYPE_IDS[weight.dtype])
+        self._arguments = (weight.data_ptr(), eps)
+        self._sizes = (weight.shape[0], DTYPE_IDS[weight.dtype])
 
     def __call__(self, x: Tensor) -> Tensor:
-        """[1, H] contiguous, in the weight's dtype -> [1, H]."""
+        """[T, H] contiguous, in the weight's dtype -> [T, H]."""
         out = torch.empty_like(x)
-        native.check_status(self._call(x.data_ptr(), *self._arguments, out.data_ptr()))
+        status = self._call(
+            x.data_ptr(),
+            *self._arguments,
+            x.shape[0],
+            *self._sizes,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        native.check_status(status)
         return out
 
 
-class TokenAttention:
-    """A layer's attention for one token: norm, projections, rotary, its past, output, residual.
+class Pasts:
+    """Whose next rows the rows of a pass are, and where each layer keeps their keys and values.
+
+    `table` [layers, sequences, 6] int64 holds, for a sequence and layer: the addresses of its keys
+    and of its values [kv_heads, capacity, head_dim], the capacity, the rows that are there, the
+    first row of the pass that is its own, and how many are. They follow each other from row 0 on,
+    and there is room for them. The first `num_streamed` have one row each, computed as single
+    tokens are.
+    """
+
+    def __init__(self, table: np.ndarray, *, num_streamed: int) -> None:
+        self._kept = table = np.array(table, dtype=np.int64, order="C")
+        table[:, num_streamed:, 4] -= num_streamed  # each part of a pass counts from its own row 0
+        self.num_streamed = num_streamed
+        self._num_sequences = table.shape[1]
+        self._address, self._strides = table.ctypes.data, table.strides
+
+    def part(self, layer_idx: int, way: Way) -> tuple[int, int]:
+        """Where that layer's sequences of that way stand, and how many they are."""
+        begin = self.num_streamed if way is Way.TILED else 0
+        count = self._num_sequences - begin if way is Way.TILED else self.num_streamed
+        return self._address + layer_idx * self._strides[0] + begin * self._strides[1], count
+
+
+class Attention:
+    """A layer's attention: norm, projections, rotary, each sequence's past, output, residual.
 
     `projections` are query, key, value and output. Rotary turns the second half of a head against
     the first. With `window` the last so many tokens are seen. Softmax and sums are fp32; a head's
@@ -142,30 +179,30 @@ class TokenAttention:
         self._call = _library().outrider_attend
 
     def __call__(
-        self, x: Tensor, cosine: Tensor, sine: Tensor, keys: Tensor, values: Tensor, length: int
+        self, x: Tensor, cosines: Tensor, sines: Tensor, pasts: Pasts, *, layer_idx: int
     ) -> None:
-        """Add attention's output to x [1, H], in place; everything in x's dtype, contiguous.
+        """Add attention's output to x [T, H], in place; everything in x's dtype, contiguous.
 
-        cosine and sine [head_dim] of the token's position; keys and values [1, kv_heads, capacity,
-        head_dim] hold `length` rows, and get the token's as the next: there must be room.
+        cosines and sines [T, head_dim] of the rows' positions. The buffers in `pasts` get the rows'
+        keys and values behind those that are there.
         """
-        native.check_status(
-            self._call(
+        row, turn = x.shape[1] * x.element_size(), cosines.shape[1] * x.element_size()
+        for begin, count, way in ways(x.shape[0], pasts.num_streamed):
+            status = self._call(
                 self._pointer,
-                x.data_ptr(),
-                cosine.data_ptr(),
-                sine.data_ptr(),
-                keys.data_ptr(),
-                values.data_ptr(),
-                keys.shape[2],
-                length,
+                x.data_ptr() + begin * row,
+                count,
+                *pasts.part(layer_idx, way),
+                cosines.data_ptr() + begin * turn,
+                sines.data_ptr() + begin * turn,
+                way,
                 torch.get_num_threads(),
             )
-        )
+            native.check_status(status)
 
 
-class TokenMlp:
-    """down(activation(gate x) * up x) for one token; gate and up are rounded, as modules do."""
+class GatedMlp:
+    """down(activation(gate x) * up x) of each row; gate and up are rounded, as modules do."""
 
     def __init__(
         self,
@@ -188,27 +225,43 @@ class TokenMlp:
         self._pointer = ctypes.byref(self._layer)
         self._call = _library().outrider_gated_mlp
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[1, K] contiguous -> [1, N]."""
-        out = x.new_empty((1, self._num_outputs))
-        native.check_status(
-            self._call(self._pointer, x.data_ptr(), out.data_ptr(), torch.get_num_threads())
-        )
+    def __call__(self, x: Tensor, num_streamed: int) -> Tensor:
+        """[T, K] contiguous -> [T, N]."""
+        num_rows, size = x.shape[0], x.element_size()
+        out = x.new_empty((num_rows, self._num_outputs))
+        for begin, count, way in ways(num_rows, num_streamed):
+            status = self._call(
+                self._pointer,
+                x.data_ptr() + begin * x.shape[1] * size,
+                count,
+                out.data_ptr() + begin * self._num_outputs * size,
+                way,
+                torch.get_num_threads(),
+            )
+            native.check_status(status)
         return out
+
+
+def product(projection: Projection) -> Product:
+    """The projection as a call by itself."""
+    parts, shape, bias = projection.parts, projection.shape, projection.bias
+    return Product(parts, shape, fmt=projection.fmt, bias=bias)
 
 
 def add_residual(x: Tensor, first: Tensor, second: Tensor | None = None) -> None:
     """x += first + second, in place; the inner sum is rounded first, as modules do.
 
-    All contiguous, of one dtype and size.
+    All [T, H], contiguous and of one dtype.
     """
     native.check_status(
         _library().outrider_add_residual(
             x.data_ptr(),
             first.data_ptr(),
             None if second is None else second.data_ptr(),
-            x.numel(),
+            x.shape[0],
+            x.shape[1],
             DTYPE_IDS[x.dtype],
+            torch.get_num_threads(),
         )
     )
 

@@ -1,0 +1,63 @@
+/* Descriptors of the parts of a decoder layer, and what their entry points share. A pass is rows of
+   several sequences; each row's results depend on that row and its past alone. What the parts hand each
+   other is rounded to the activations' format, as between a model's modules; inside, everything is fp32. */
+#ifndef DECODER_H
+#define DECODER_H
+
+#include "dispatch.h"
+
+/* norm, query_norm and key_norm hold weights in `format`; the latter two may be NULL, else their width
+   is one head or all. `window`: the last so many tokens are seen, 0: all. */
+typedef struct {
+    Matrix query, key, value, output;
+    const uint8_t *norm, *query_norm, *key_norm;
+    int64_t query_norm_width, key_norm_width;
+    int64_t num_heads, num_kv_heads, head_dim, window;
+    float eps, head_norm_eps, scaling;
+    int32_t format;
+} Attention;
+
+/* Rows [first, first + count) of a pass are the next of a sequence that has `length` rows of keys and
+   values [kv_heads, capacity, head_dim]. */
+typedef struct {
+    uint8_t *keys, *values;
+    int64_t capacity, length, first, count;
+} Past;
+
+typedef struct {
+    Matrix gate, up, down;
+    int32_t activation, format;
+} Mlp;
+
+/* Fewer values than this are not worth a second thread. */
+enum { MIN_SHARED_VALUES = 1 << 16 };
+
+static inline int64_t width_of(int32_t format) { return format ? 2 : 4; }
+
+static inline int32_t sharers_of(int64_t values, int32_t num_threads) {
+    return values < MIN_SHARED_VALUES ? 1 : num_threads;
+}
+
+/* Round to `format` and back; `narrowed` takes the result in the format. */
+static inline void round_through(const Kernels *kernels, int32_t format, float *values, int64_t count,
+                                 void *narrowed) {
+    kernels->narrow(format, values, count, narrowed);
+    kernels->widen(format, narrowed, count, values);
+}
+
+/* values [n] -> values / their root mean square, rounded, times weight, rounded into `out`; `weights`
+   takes n floats. */
+void normalise(const Kernels *kernels, int32_t format, float *values, const uint8_t *weight, float eps,
+               int64_t n, float *weights, uint8_t *out);
+
+int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_t num_tokens,
+                    int64_t x_stride, int32_t format, int32_t way, int32_t num_threads);
+int outrider_combine(const uint8_t *outputs, const float *weights, const int64_t *ids,
+                     int64_t num_tokens, int64_t top_k, int64_t hidden, int32_t format, uint8_t *out);
+int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t num_threads);
+int outrider_rms_norm(const uint8_t *x, const uint8_t *weight, float eps, int64_t num_rows, int64_t n,
+                      int32_t format, uint8_t *out, int32_t num_threads);
+int outrider_add_residual(uint8_t *x, const uint8_t *first, const uint8_t *second, int64_t num_rows,
+                          int64_t n, int32_t format, int32_t num_threads);
+
+#endif

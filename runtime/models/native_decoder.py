@@ -1,0 +1,287 @@
+"""The rows of a pass through a decoder of Llama's form, past transformers' own forward.
+
+Through the modules a token spends a fifth of its time around the matrix products; here attention,
+gated MLPs and norms are one native call each for all rows, and the experts' function is called as
+the modules would call it. Rows of prompts go the kernels' way for many rows and decoded tokens that
+for a few, however many of each there are; so a row's bits depend on its own text alone, not on what
+else is in the pass, nor on the pieces a prompt is run in. Other families go through the model.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from ...kernels import decoder, native
+from ...kernels.activation import ActivationError, canonical_activation
+from ...kernels.decoder import Attention, GatedMlp, HeadNorm, Pasts, Projection, RmsNorm
+from .attention import Span
+from .deepseek import DeepseekTopKRouter
+from .dense import QuantizedLinear
+
+# Families whose decoder layers are norm, attention, residual, norm, block, residual, with rotary
+# heads; each is compared with transformers' own forward in the tests.
+FAMILIES = frozenset({"deepseek", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+# Rotary frequencies that do not change with the length of the text.
+_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
+_FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+_TABLE_ROWS = 1024
+
+# Changes the residual stream [T, H], of which so many first rows are streamed.
+Block = Callable[[Tensor, int], None]
+# Router logits [T, E] -> weights [T, K] and ids [T, K] of the experts chosen.
+Choice = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class NativeDecoder:
+    """The decoder of one loaded model on the CPU; make it with `of`. One thread; blocks."""
+
+    def __init__(
+        self, model: Any, layers: list[tuple[Attention, Block]], norm: RmsNorm, head: Projection
+    ) -> None:
+        inner = model.model
+        self._layers = layers
+        self._embeddings = inner.embed_tokens.weight
+        self._rotary = inner.rotary_emb
+        self._norm = norm
+        self._head, self._vocab_size = decoder.product(head), head.shape[0]
+        head_dim = inner.layers[0].self_attn.head_dim
+        self._row = self._embeddings.new_empty(1, _num_kv_heads(model.config), 0, head_dim)
+        self._cosines = self._sines = self._embeddings.new_empty(0, head_dim)
+
+    @classmethod
+    def of(cls, model: Any) -> "NativeDecoder | None":
+        """The decoder of `model`, its dense weights loaded, or None where it is not served.
+
+        Served are families of `FAMILIES` on the CPU, all in one dtype, without clipped queries
+        or a sliding window of some layers only, and where the native library was built.
+        """
+        config = model.config
+        rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
+        is_plain = (
+            config.model_type in FAMILIES
+            and getattr(rotary, "rope_type", None) in _FIXED_ROTARY
+            and (config.model_type == "mixtral" or not getattr(config, "sliding_window", None))
+            and not getattr(config, "clip_qkv", None)
+            and model.model.embed_tokens.weight.device.type == "cpu"
+            and model.model.embed_tokens.weight.dtype in _FORMATS
+        )
+        if not is_plain or not native.is_available():
+            return None
+        try:
+            dtype = model.model.embed_tokens.weight.dtype
+            layers = [_layer(layer, config, dtype) for layer in model.model.layers]
+            norm = _norm(model.model.norm, dtype)
+            return cls(model, layers, norm, _projection(model.lm_head))
+        except _NotServedError:
+            return None
+
+    def logits(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        *,
+        num_streamed: int,
+        rows: Sequence[int],
+    ) -> Tensor:
+        """Logits [len(rows), vocabulary] behind those rows of a pass, in the model's dtype.
+
+        `spans` cover the rows of `token_ids` in order, first `num_streamed` rows of sequences that
+        decode; keys and values have grown by them. Raises what the experts' function raises; no
+        row then counts as part of the past.
+        """
+        last = max(positions)
+        if last >= self._cosines.shape[0]:
+            self._extend_table(last)
+        at = torch.tensor(positions)
+        cosines, sines = self._cosines.index_select(0, at), self._sines.index_select(0, at)
+        pasts = self._pasts(spans, num_streamed)
+        x = self._embeddings.index_select(0, torch.tensor(token_ids))  # [T, H], the residual stream
+        for layer_idx, (attend, block) in enumerate(self._layers):
+            attend(x, cosines, sines, pasts, layer_idx=layer_idx)
+            block(x, num_streamed)
+        for span in spans:
+            span.kv.advance(span.end - span.start)
+        if not rows:
+            return x.new_empty(0, self._vocab_size)
+        if len(rows) < len(token_ids):
+            x = x.index_select(0, torch.tensor(rows))
+        return self._head(self._norm(x), len(rows), sum(row < num_streamed for row in rows))
+
+    def _pasts(self, spans: Sequence[Span], num_streamed: int) -> Pasts:
+        num_layers = len(self._layers)
+        table = np.empty((num_layers, len(spans), 6), dtype=np.int64)
+        for place, span in enumerate(spans):
+            num_rows = span.end - span.start
+            addresses, capacity = span.kv.room(num_rows, num_layers=num_layers, like=self._row)
+            table[:, place, :2] = addresses
+            table[:, place, 2:] = (capacity, span.kv.length, span.start, num_rows)
+        return Pasts(table, num_streamed=num_streamed)
+
+    def _extend_table(self, position: int) -> None:
+        # As the model computes it, for whole stretches of positions at once.
+        num_rows = (position // _TABLE_ROWS + 1) * _TABLE_ROWS
+        positions = torch.arange(num_rows)[None]
+        cosines, sines = self._rotary(self._row, position_ids=positions)
+        self._cosines, self._sines = cosines[0].contiguous(), sines[0].contiguous()
+
+
+class _NotServedError(Exception):
+    """A part that the native calls do not compute as it is."""
+
+
+def _layer(layer: Any, config: Any, dtype: torch.dtype) -> tuple[Attention, Block]:
+    attention, norm = layer.self_attn, layer.input_layernorm
+    if norm.weight.dtype != dtype:
+        raise _NotServedError
+    query, key, value, output = (
+        _projection(module)
+        for module in (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    )
+    attend = Attention(
+        (query, key, value, output),
+        norm=norm.weight,
+        eps=norm.variance_epsilon,
+        num_heads=config.num_attention_heads,
+        num_kv_heads=_num_kv_heads(config),
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
+        window=getattr(config, "sliding_window", None),
+        query_norm=_head_norm(attention, "q_norm"),
+        key_norm=_head_norm(attention, "k_norm"),
+    )
+    return attend, _block(layer, config, dtype)
+
+
+def _num_kv_heads(config: Any) -> int:
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+
+def _head_norm(attention: Any, name: str) -> HeadNorm | None:
+    module = getattr(attention, name, None)
+    return None if module is None else HeadNorm(module.weight, module.variance_epsilon)
+
+
+def _projection(module: Any) -> Projection:
+    if isinstance(module, QuantizedLinear):
+        shape = (module.out_features, module.in_features)
+        projection = Projection(module.parts, module.fmt, shape, module.bias)
+    elif isinstance(module, torch.nn.Linear):
+        projection = _plain(module.weight, module.bias)
+    else:
+        raise _NotServedError
+    if not decoder.serves(projection):
+        raise _NotServedError
+    return projection
+
+
+def _plain(weight: Tensor, bias: Tensor | None = None) -> Projection:
+    if weight.dtype not in _FORMATS:
+        raise _NotServedError
+    shape = (weight.shape[0], weight.shape[1])
+    return Projection({"weight": weight}, _FORMATS[weight.dtype], shape, bias)
+
+
+def _norm(module: Any, dtype: torch.dtype) -> RmsNorm:
+    if module.weight.dtype != dtype:
+        raise _NotServedError
+    return RmsNorm(module.weight, module.variance_epsilon)
+
+
+def _mlp(module: Any, config: Any, dtype: torch.dtype) -> GatedMlp:
+    try:
+        activation = canonical_activation(config.hidden_act)
+    except ActivationError as error:
+        raise _NotServedError from error
+    gate, up, down = (
+        _projection(one) for one in (module.gate_proj, module.up_proj, module.down_proj)
+    )
+    return GatedMlp(gate, up, down, activation=activation, dtype=dtype)
+
+
+def _block(layer: Any, config: Any, dtype: torch.dtype) -> Block:
+    norm, module = _norm(layer.post_attention_layernorm, dtype), layer.mlp
+    if hasattr(module, "gate_proj"):
+        mlp = _mlp(module, config, dtype)
+        return lambda x, num_streamed: decoder.add_residual(x, mlp(norm(x), num_streamed))
+    # DeepSeek's shared experts are added as they are, Qwen's behind a gate of their own.
+    shared = getattr(module, "shared_experts", None)
+    shared = getattr(module, "shared_expert", None) if shared is None else shared
+    gate = getattr(module, "shared_expert_gate", None)
+    return _Moe(
+        norm,
+        module,
+        choose=_choice(module.gate, config),
+        shared=None if shared is None else _mlp(shared, config, dtype),
+        shared_gate=None if gate is None else decoder.product(_projection(gate)),
+    )
+
+
+def _choice(router: Any, config: Any) -> Choice:
+    """How the family's router makes its choice of its logits; ties are torch.topk's in all."""
+    if isinstance(router, DeepseekTopKRouter):
+        return router.choose
+    is_mixtral = config.model_type == "mixtral"
+    is_renormalised = is_mixtral or router.norm_topk_prob
+
+    def choose(router_logits: Tensor) -> tuple[Tensor, Tensor]:
+        scores = router_logits.softmax(dim=-1, dtype=torch.float32)
+        weights, ids = torch.topk(scores, router.top_k, dim=-1)
+        if is_renormalised:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return (weights if is_mixtral else weights.to(router_logits.dtype)), ids
+
+    return choose
+
+
+class _Moe:
+    """A block of routed and shared experts; the shared run while routed ones are being read."""
+
+    def __init__(
+        self,
+        norm: RmsNorm,
+        module: Any,
+        *,
+        choose: Choice,
+        shared: GatedMlp | None,
+        shared_gate: native.Product | None,
+    ) -> None:
+        self._norm = norm
+        self._router = decoder.product(_plain(module.gate.weight))
+        self._choose = choose
+        self._experts = module.experts
+        self._shared = shared
+        self._shared_gate = shared_gate
+        self._normed: Tensor = torch.empty(0)
+        self._num_streamed = 0
+        self._shared_output: Tensor | None = None
+
+    def __call__(self, x: Tensor, num_streamed: int) -> None:
+        experts = self._experts
+        self._normed, self._shared_output, self._num_streamed = self._norm(x), None, num_streamed
+        logits = self._router(self._normed, x.shape[0], num_streamed)
+        topk_weights, topk_ids = self._choose(logits)
+        experts.outrider_meanwhile = self._run_shared
+        try:
+            routed = experts.outrider_function(
+                experts.outrider_layer_idx, experts, self._normed, topk_ids, topk_weights
+            )
+        finally:
+            experts.outrider_meanwhile = None
+        self._run_shared()
+        decoder.add_residual(x, routed, self._shared_output)
+
+    def _run_shared(self) -> None:
+        if self._shared is None or self._shared_output is not None:
+            return
+        output = self._shared(self._normed, self._num_streamed)
+        if self._shared_gate is not None:
+            num_rows = self._normed.shape[0]
+            gate = self._shared_gate(self._normed, num_rows, self._num_streamed)  # [T, 1]
+            # A sigmoid, but torch's own rounds by an element's place among all; a softmax does not.
+            output = functional.pad(gate, (0, 1)).softmax(dim=-1)[:, :1] * output
+        self._shared_output = output
