@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from outrider.kernels import native, token
+from outrider.kernels import decoder, native
 
 COMPILER = shutil.which("cc") or shutil.which("gcc")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C compiler")
@@ -14,7 +14,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="there is no C comp
 
 @needs_compiler
 def test_a_compiler_makes_native_code_of_the_sources():
-    assert native.is_available() and token.is_available()
+    assert native.is_available() and decoder.is_available()
     assert native.isa() in native.ISAS
 
 
@@ -28,7 +28,7 @@ def test_a_library_of_other_sources_is_told_and_not_called(tmp_path, monkeypatch
     try:
         with caplog.at_level(logging.WARNING):
             assert native.library() is None
-            assert native.isa() == "torch" and not token.is_available()
+            assert native.isa() == "torch" and not decoder.is_available()
     finally:
         native.library.cache_clear()
     (record,) = caplog.records
