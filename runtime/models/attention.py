@@ -75,6 +75,9 @@ class SequenceKv:
         """
         total = self.length + num_tokens
         if self._addresses is None or total > self._capacity:
+            # One capacity for all, also after growing has failed half-way.
+            buffers = [*self._keys.values(), *self._values.values()]
+            total = max(total, *(buffer.shape[2] for buffer in buffers), 0)
             rooms = [
                 (
                     self._room(self._keys, layer_idx, like, total=total),
@@ -85,7 +88,7 @@ class SequenceKv:
             self._addresses = np.array(
                 [(keys.data_ptr(), values.data_ptr()) for keys, values in rooms], dtype=np.int64
             )
-            self._capacity = min(keys.shape[2] for keys, _ in rooms)
+            self._capacity = rooms[0][0].shape[2]
         return self._addresses, self._capacity
 
     def advance(self, num_tokens: int) -> None:

@@ -91,8 +91,8 @@ class NativeDecoder:
         """Logits [len(rows), vocabulary] behind those rows of a pass, in the model's dtype.
 
         `spans` cover the rows of `token_ids` in order, first `num_streamed` rows of sequences that
-        decode; keys and values have grown by them. Raises what the experts' function raises; no
-        row then counts as part of the past.
+        decode; keys and values have grown by them. Whatever is raised, no row then counts as part
+        of the past.
         """
         last = max(positions)
         if last >= self._cosines.shape[0]:
@@ -104,13 +104,16 @@ class NativeDecoder:
         for layer_idx, (attend, block) in enumerate(self._layers):
             attend(x, cosines, sines, pasts, layer_idx=layer_idx)
             block(x, num_streamed)
+        logits = x.new_empty(0, self._vocab_size)
+        if rows:
+            if len(rows) < len(token_ids):
+                x = x.index_select(0, torch.tensor(rows))
+            streamed = sum(row < num_streamed for row in rows)
+            logits = self._head(self._norm(x), len(rows), streamed)
+        # Last, so that a pass that failed anywhere is run again from where it began.
         for span in spans:
             span.kv.advance(span.end - span.start)
-        if not rows:
-            return x.new_empty(0, self._vocab_size)
-        if len(rows) < len(token_ids):
-            x = x.index_select(0, torch.tensor(rows))
-        return self._head(self._norm(x), len(rows), sum(row < num_streamed for row in rows))
+        return logits
 
     def _pasts(self, spans: Sequence[Span], num_streamed: int) -> Pasts:
         num_layers = len(self._layers)

@@ -310,3 +310,25 @@ def test_masks_that_are_not_causal_are_refused(fields, call):
     config = SimpleNamespace(model_type="made-up", **fields)
     with pytest.raises(UnsupportedModelError, match="'made-up': its attention masks"):
         ALL_MASK_ATTENTION_FUNCTIONS["outrider"](config=config, **call)
+
+
+def test_room_is_of_one_capacity_after_growing_failed_half_way(monkeypatch):
+    """Native attention strides the heads of all layers' keys and values by one number."""
+    kv, like = SequenceKv(), torch.empty(1, 2, 0, 4)
+    kv.room(10, num_layers=3, like=like)
+    kv.advance(10)
+    honest, left = SequenceKv._room, iter([True] * 3)
+
+    def failing(self, *arguments, **named):
+        if next(left, None) is None:
+            raise RuntimeError("no memory left (a test says so)")
+        return honest(self, *arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SequenceKv, "_room", failing)
+        with pytest.raises(RuntimeError):
+            kv.room(300, num_layers=3, like=like)
+    addresses, capacity = kv.room(5, num_layers=3, like=like)
+    buffers = [(kv._keys[layer_idx], kv._values[layer_idx]) for layer_idx in range(3)]
+    assert {buffer.shape[2] for pair in buffers for buffer in pair} == {capacity}
+    assert addresses.tolist() == [[one.data_ptr() for one in pair] for pair in buffers]

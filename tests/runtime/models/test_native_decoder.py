@@ -13,6 +13,7 @@ from outrider.kernels.decoder import GatedMlp, RmsNorm
 from outrider.runtime.acquisition import Acquisition
 from outrider.runtime.engine import Engine
 from outrider.runtime.models import native_decoder
+from outrider.runtime.models.attention import SequenceKv, Span
 from outrider.runtime.models.native_decoder import FAMILIES, NativeDecoder
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.runner import ModelRunner
@@ -153,3 +154,26 @@ def test_what_the_calls_do_not_compute_keeps_the_models_own_way(
     loaded = models.loaded(family)
     monkeypatch.setattr(loaded.model.config, field, value)
     assert NativeDecoder.of(loaded.model) is None
+
+
+@pytest.mark.parametrize("where", ["_norm", "_head"])
+def test_a_pass_that_fails_at_its_end_has_added_nothing_to_the_past(
+    models: Any, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory left (a test says so)")
+
+    with models.engine("olmoe", dtype="fp32") as engine:
+        decoder, kv = engine._runner._decoder, SequenceKv()
+        spans = [Span(kv, 0, 3)]
+        calls = {"num_streamed": 0, "rows": [2]}
+        engine._runner._executor.begin_step(0, [])
+        honest = decoder.logits([5, 6, 7], [0, 1, 2], [Span(SequenceKv(), 0, 3)], **calls)
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, where, fail)
+            with pytest.raises(RuntimeError, match="a test says so"):
+                decoder.logits([5, 6, 7], [0, 1, 2], spans, **calls)
+        assert kv.length == 0
+        assert torch.equal(decoder.logits([5, 6, 7], [0, 1, 2], spans, **calls), honest)
+        assert kv.length == 3
+        engine._runner._executor.end_step()
