@@ -66,7 +66,7 @@ test-floor: $(FLOORED) ## engine and models with the lowest versions allowed (Py
 nano: $(DEVELOPED) ## make the built-in model again, from package downloads to weights (hours)
 	$(BIN)/python -m recipes.nano all
 
-nano-predictor: $(DEVELOPED) ## train the built-in model's predictor again and print its table (an hour)
+nano-predictor: $(DEVELOPED) ## train the built-in model's predictor again and print its table (half an hour)
 	$(BIN)/python -m recipes.nano predictor
 
 # Figures of another compiler version are not compared, so this follows a new triton.
