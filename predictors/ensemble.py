@@ -66,6 +66,9 @@ class Ensemble:
         self.slopes = slopes
         self.hidden_layers = tuple(range(self.shape.num_moe_layers))
         self.frequencies = before.frequencies
+        self._ready: list[_Live] = []
+        self._ready_for: Sequence[Gate] | None = None
+        self._ready_scoring = ""
 
     @classmethod
     def fit(
@@ -147,8 +150,18 @@ class Ensemble:
         scoring: str = "softmax",
         tokens: str = "all",
     ) -> EnsemblePredictor:
-        """A predictor for one sequence; without gates it speaks before the token only."""
-        return EnsemblePredictor(self, gates, scoring=scoring, tokens=tokens)
+        """A predictor for one sequence; without gates it speaks before the token only.
+
+        What the first one for some gates makes ready is shared by the next, in the same thread.
+        """
+        if gates is not None and (self._ready_for is not gates or self._ready_scoring != scoring):
+            is_sigmoid = scoring == "sigmoid"
+            self._ready = [
+                _Live(self, layer_idx, gates, is_sigmoid=is_sigmoid)
+                for layer_idx in range(len(self.stages))
+            ]
+            self._ready_for, self._ready_scoring = gates, scoring
+        return EnsemblePredictor(self, self._ready if gates is not None else [], tokens=tokens)
 
     def state(self) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """See TrainedFamily."""
@@ -186,19 +199,13 @@ class EnsemblePredictor:
     def __init__(
         self,
         family: Ensemble,
-        gates: Sequence[Gate] | None,
+        stages: Sequence[_Live],
         *,
-        scoring: str,
         tokens: str,
     ) -> None:
         self.shape = family.shape
         self._before = family.before.make()
-        self._stages: list[_Live] = []
-        if gates is not None:
-            self._stages = [
-                _Live(family, layer_idx, gates, is_sigmoid=scoring == "sigmoid")
-                for layer_idx in range(len(family.stages))
-            ]
+        self._stages = stages
         self._last_only = tokens == "last"
         layers, size = self.shape.num_moe_layers, self.shape.hidden_size
         # States of the previous token and of this one, by layer; zero where there is none.

@@ -8,19 +8,24 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+FEW_ROWS = 8
+"""So many single products take no longer than widening the weights once."""
+
 
 class HalfMatrix:
     """A matrix [out, in] in fp16; rows float32 [N, in] -> [N, out] float32, sums in float32.
 
-    A single row is rounded to fp16 as well (PyTorch's fp16 gemv, fast from AVX2 on: measured in
-    bench/LOG.md); of several, the weights are widened for the call. One thread.
+    Up to FEW_ROWS rows are rounded to fp16 as well (PyTorch's fp16 gemv, fast from AVX2 on:
+    measured in bench/LOG.md); for more, the weights are widened for the call. All by PyTorch:
+    numpy's products have threads of their own, which fight with the engine's for the processors.
     """
 
     def __init__(self, weight: np.ndarray | torch.Tensor) -> None:
         self._weight = torch.as_tensor(weight).detach().half().contiguous()
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
-        if len(rows) != 1:
-            return rows @ self._weight.float().numpy().T
-        product = torch.mv(self._weight, torch.from_numpy(rows[0]).half())
-        return product.float().numpy()[None]
+        given = torch.from_numpy(np.ascontiguousarray(rows))
+        if len(rows) > FEW_ROWS:
+            return (given @ self._weight.float().T).numpy()
+        products = [torch.mv(self._weight, row) for row in given.half()]
+        return torch.stack(products).float().numpy()

@@ -123,9 +123,9 @@ class LiveEncoder:
         self._num_experts = num_experts
         self._context = encoder.context
         # Both products of an embedding are of the whole table, so they are looked up.
-        token = _array(encoder.token.weight)
-        self._own = token @ _array(encoder.own.weight).T
-        self._past = token @ _array(encoder.past.weight).T
+        token = encoder.token.weight.detach()
+        self._own = _array(token @ encoder.own.weight.detach().T)
+        self._past = _array(token @ encoder.past.weight.detach().T)
         self._expert = _array(encoder.expert.weight)
         self._states = None if encoder.states is None else Linear(encoder.states)
         self._states_norm = None if encoder.states_norm is None else Norm(encoder.states_norm)

@@ -134,6 +134,8 @@ def _from_folder(folder: Path, loaded: LoadedModel) -> Speculation:
             made = Narrowed(made, loaded.shape, size=trained.hidden_size)
         return Punctual(made)
 
+    # What the first one makes ready is no part of the first request's time.
+    make()
     return Speculation(factory.name, make, factory.frequencies)
 
 
