@@ -1,4 +1,4 @@
-"""A weight matrix as its checkpoint keeps it, in fp16, for products with one row at a time.
+"""A weight matrix as its checkpoint keeps it, in fp16, for products with a few rows at a time.
 
 Such a product takes as long as its weights take from memory, so half the bytes are half the time.
 """

@@ -15,7 +15,8 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
     where it came to nothing.
 
     Call that between two steps of long work. Outside of the main thread, where signals never
-    arrive, it does nothing.
+    arrive, and where SIGINT is ignored or somebody else's (a job in the background), it does
+    nothing.
     """
     pressed = threading.Event()
 
@@ -27,11 +28,12 @@ def kept_interrupts() -> Iterator[Callable[[], None]]:
         if pressed.is_set():
             raise KeyboardInterrupt
 
-    if threading.current_thread() is not threading.main_thread():
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield check
         return
-    before = signal.signal(signal.SIGINT, press)
+    signal.signal(signal.SIGINT, press)
     try:
         yield check
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, signal.default_int_handler)

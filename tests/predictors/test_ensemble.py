@@ -142,6 +142,30 @@ def test_running_sees_the_features_it_was_trained_on(ensemble, splits, monkeypat
         np.testing.assert_allclose(live, recorded, rtol=1e-3, atol=1e-3)
 
 
+def test_two_sequences_that_share_what_was_made_ready_do_not_mix(ensemble, splits):
+    examples, gates = splits["test"], splits["test"].gates
+    starts = [int(start) for start in examples.sample_offsets[:2]]
+
+    def passes(predictor, start):
+        predictor.begin(examples.token_id[start : start + 1])
+        for row in range(start, start + 4):
+            predictor.before_token(int(examples.token_id[row]), 1)
+            for _, forecast in run(predictor, examples, slice(row, row + 1)):
+                yield None if forecast is None else forecast.probability
+
+    def make():
+        return ensemble.make(gates, tokens="last")
+
+    alone = [list(passes(make(), start)) for start in starts]
+    beside = list(zip(*(passes(make(), start) for start in starts), strict=True))
+    for one, other in zip(alone, zip(*beside, strict=True), strict=True):
+        for expected, found in zip(one, other, strict=True):
+            assert (expected is None) == (found is None)
+            if found is not None:
+                np.testing.assert_array_equal(found, expected)
+    assert not np.array_equal(beside[0][0], beside[0][1])
+
+
 def test_a_saved_ensemble_holds_all_of_it(ensemble, splits, tmp_path):
     tensors, config = ensemble.state()
     save_predictor(tmp_path / "P", family="ensemble", shape=SHAPE, tensors=tensors, config=config)

@@ -47,3 +47,15 @@ def test_outside_of_the_main_thread_it_does_nothing():
     thread.start()
     thread.join()
     assert handlers == [signal.getsignal(signal.SIGINT)]
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    """As a shell starts its jobs in the background: Ctrl-C is not for them."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with kept_interrupts() as check:
+            os.kill(os.getpid(), signal.SIGINT)
+            check()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
