@@ -9,7 +9,6 @@ import typer
 
 from . import options
 from .display import print_json, print_rows, progress_bars, stderr_console, summary
-from .interrupts import kept_interrupts
 from .startup import heavy_imports
 
 app = typer.Typer(add_completion=False)
@@ -72,7 +71,7 @@ def generate(
     with progress_bars() as progress:
         engine = Engine.from_config(engine_config, model=model, store=store, progress=progress)
     message: Any = [ChatMessage(role="user", content=text)] if chat else text
-    with engine, _profiled(engine_config.profile), kept_interrupts() as check_interrupts:
+    with engine, _profiled(engine_config.profile):
         stream = engine.stream(message, params)
         pieces = []
         while True:
@@ -84,7 +83,6 @@ def generate(
             pieces.append(chunk.text)
             if not json:
                 typer.echo(chunk.text, nl=False)
-            check_interrupts()
         if not json:
             typer.echo()
             stderr_console().print(

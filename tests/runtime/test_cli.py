@@ -607,6 +607,15 @@ def talkative(models):
 LONG = ("--prompt", "the film", "--max-tokens", "8000", "--ignore-eos", "--temperature", "1")
 
 
+@pytest.fixture
+def heard():
+    """Commands hear SIGINT though the tests may run in the background, where it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_ctrl_c_while_streaming_ends_with_130(talkative):
     with script("generate", talkative, *LONG) as process:
         assert process.stdout.read(1), process.stderr.read()
