@@ -160,7 +160,10 @@ class Replay:
             # The prompt's look-ups are served and not counted.
             traffic = total if step else ExpertTraffic()
             on_demand = traffic.bytes_on_demand
-            serve = self._on_demand if self._arm.prefetch == "off" else self._reading_ahead
+            # Which of a layer's own experts can make room for the rest of them, only Acquisition
+            # knows.
+            is_short = self._arm.prefetch == "off" and max(map(len, layers)) <= self._arm.num_slots
+            serve = self._on_demand if is_short else self._reading_ahead
             stall = serve(layers, sequence=sequence, step=step, traffic=traffic)
             if not step:
                 continue

@@ -9,7 +9,7 @@ from itertools import combinations, pairwise
 import numpy as np
 import planted_routing as planted
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from outrider.bench.arms import BELADY, ROUTING_NAME, ArmSpec, run_arm
@@ -145,6 +145,7 @@ def test_lru_counts_what_a_plain_lru_counts(seed, slots):
     policy=st.sampled_from(ONLINE),
     has_prompts=st.booleans(),
 )
+@example(seed=124, slots=5, policy="lfu", has_prompts=True)
 @settings(max_examples=30, deadline=None)
 def test_short_way_equals_the_executors_way(seed, slots, policy, has_prompts):
     """Demand-only replay counts what Acquisition counts on a link that is waited for."""
