@@ -61,5 +61,5 @@ class Health:
             self._progress, self._progress_s = progress, self._clock.now_s
         if num_failures >= MAX_FAILURES:
             self._failing_until_s = self._clock.now_s + _FAILING_S
-        elif is_busy and num_failures == 0:
+        elif num_failures == 0:
             self._failing_until_s = 0.0

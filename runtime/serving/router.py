@@ -1,6 +1,7 @@
 """The server's socket: frames in, frames out, and what a peer that cannot take them is owed.
 
-Knows clients by their routing ids and messages by their frames; one thread.
+Knows clients by their routing ids and messages by their frames. One thread at a time, which whoever
+calls sees to: a socket may move between threads under a lock, zmq_socket(3).
 """
 
 from collections import deque
@@ -31,6 +32,19 @@ class Router:
         self.socket = socket
         self._clock = clock
         self._backlogs: dict[bytes, _Backlog] = {}
+
+    @property
+    def descriptor(self) -> int:
+        """What a thread may poll without owning the socket: readable when there is news.
+
+        News is told once, and may have been used up by any call since: ask `has_input` too.
+        """
+        return self.socket.get(zmq.FD)
+
+    @property
+    def has_input(self) -> bool:
+        """Whether `receive` would give something."""
+        return bool(self.socket.get(zmq.EVENTS) & zmq.POLLIN)
 
     @property
     def num_kept(self) -> int:
