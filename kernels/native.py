@@ -85,11 +85,8 @@ class _Inputs(ctypes.Structure):
 
 def library_path() -> Path | None:
     """Where the built library lies, or None if installation found no compiler."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_native{suffix}")
-        if path.exists():
-            return path
-    return None
+    places = (Path(__file__).with_name(f"_native{suffix}") for suffix in EXTENSION_SUFFIXES)
+    return next(filter(Path.exists, places), None)
 
 
 @cache
@@ -135,6 +132,8 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_gated_mlp.argtypes = [pointer, pointer, wide, pointer, narrow, narrow]
     lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
     lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
+    lib.outrider_forecast_layers.argtypes = [pointer] * 8 + [narrow]
+    lib.outrider_forecast_token.argtypes = [pointer] * 6 + [wide] * 3 + [narrow]
     return lib
 
 
@@ -221,7 +220,7 @@ def expert_outputs(
     way: Way = Way.BY_COUNT,
 ) -> None:
     """Write every assignment's row of `out`; NativeArgumentError for an index out of range."""
-    lib = _loaded()
+    lib = loaded()
     descriptor = experts_of(weights)
     if hidden_states.stride(1) != 1:
         hidden_states = hidden_states.contiguous()
@@ -261,7 +260,7 @@ def linear(
     """out [T, N] = hidden_states [T, K] by the contiguous [N, K] matrix in `parts`, plus bias."""
     matrix = matrix_of(parts, shape, fmt=fmt, bias=bias)
     check_status(
-        _loaded().outrider_linear(
+        loaded().outrider_linear(
             ctypes.byref(matrix),
             hidden_states.data_ptr(),
             out.data_ptr(),
@@ -288,7 +287,7 @@ class Product:
         self._matrix = matrix_of(parts, shape, fmt=fmt, bias=bias)
         self._pointer = ctypes.byref(self._matrix)
         self._num_outputs, self._num_inputs = shape
-        self._call = _loaded().outrider_linear
+        self._call = loaded().outrider_linear
 
     def __call__(self, rows: Tensor, num_rows: int, num_streamed: int | None = None) -> Tensor:
         """[..., K] -> [..., N] in the rows' dtype; `num_rows` of them, contiguous, on the CPU.
@@ -317,7 +316,7 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
     """out [T, H] = the fixed-order sum of contiguous outputs [T, K, H]; weights fp32, ids int64."""
     num_tokens, top_k, hidden = outputs.shape
     check_status(
-        _loaded().outrider_combine(
+        loaded().outrider_combine(
             outputs.data_ptr(),
             topk_weights.data_ptr(),
             topk_ids.data_ptr(),
@@ -332,10 +331,11 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
 
 def read(tensor: Tensor, *, num_threads: int) -> None:
     """Read a contiguous tensor's bytes once and throw them away: the benchmark's yardstick."""
-    _loaded().outrider_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads)
+    loaded().outrider_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads)
 
 
-def _loaded() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library, where `is_available` has said that there is one."""
     lib = library()
     assert lib is not None
     return lib

@@ -16,6 +16,8 @@ import numpy as np
 from ..collect.schema import ModelShape
 from .base import Forecast
 from .calibration import Calibration
+from .in_pass import to_host
+from .stacking import log_odds_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -133,9 +135,15 @@ class History:
         new = self._num_new
         if not new:
             return
+        at = self._hidden_layers.get(layer_idx)
+        if new == 1:
+            self._ids[0, 0, layer_idx] = topk_ids[-1]
+            self._weights[0, 0, layer_idx] = topk_weights[-1]
+            if at is not None and router_input is not None:
+                self._hidden[0, 0, at] = to_host(router_input, last_only=True)
+            return
         self._ids[0, :new, layer_idx] = topk_ids[: -new - 1 : -1]
         self._weights[0, :new, layer_idx] = topk_weights[: -new - 1 : -1]
-        at = self._hidden_layers.get(layer_idx)
         if at is not None and router_input is not None:
             states = router_input[-new:].detach().float().cpu().numpy()
             self._hidden[0, :new, at] = states[::-1]
@@ -146,7 +154,7 @@ class History:
         new = self._num_new = min(num_tokens, self.context)
         self._length = min(self._length + num_tokens, self.context)
         for array in self._arrays:
-            array[:, new:] = array[:, : self.context - new].copy()
+            array[:, new:] = array[:, : self.context - new]
             array[:, :new] = 0
         self._past_ids[:, :new] = UNKNOWN
         if len(ran) == num_tokens:
@@ -238,6 +246,10 @@ class ContextPredictor:
     def log_odds(self, window: Window, horizon: int) -> np.ndarray:
         """[1, L, E] of a window of one row, as the family's own."""
         return self._family.log_odds(window, horizon)
+
+    def odds_of(self, forecast: Forecast) -> np.ndarray:
+        """Log-odds [L, E] float32 of this predictor's newest forecast of horizon 1, contiguous."""
+        return log_odds_of(forecast.probability)
 
     def in_pass(self, layer_idx: int, router_input: Tensor) -> None:
         return None

@@ -68,11 +68,11 @@ class LiveStage:
 
     def __init__(self, stage: Stage) -> None:
         self._stage = stage
-        self._inner, self._up = HalfMatrix(stage.inner), HalfMatrix(stage.up)
+        self.inner, self.up = HalfMatrix(stage.inner), HalfMatrix(stage.up)
 
     def corrections(self, features: np.ndarray) -> np.ndarray:
         """As `Stage.corrections`, to fp16's rounding."""
-        return _corrections(self._inner(features), self._stage, self._up)
+        return _corrections(self.inner(features), self._stage, self.up)
 
 
 def _corrections(

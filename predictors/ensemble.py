@@ -15,20 +15,10 @@ from ..collect.schema import ModelShape
 from .base import Forecast, family_class
 from .checkpoint import take
 from .corrected import ranking_scores
-from .drift import (
-    LiveStage,
-    Stage,
-    features_of,
-    fit_stages,
-    num_features,
-    own_choice,
-    past_layers,
-    stage_of,
-    state_of,
-)
+from .drift import Stage, features_of, fit_stages, stage_of, state_of
 from .errors import PredictorError
-from .half_matrix import HalfMatrix
-from .in_pass import DEPTH, later_layers, quick_inclusion, refuse_missing, to_host, union
+from .in_pass import DEPTH, later_layers, refuse_missing
+from .live_stage import LiveForecast, States, stacked_gates
 from .stacking import MAX_ROWS, fit_slopes, log_odds_of
 
 if TYPE_CHECKING:
@@ -66,7 +56,7 @@ class Ensemble:
         self.slopes = slopes
         self.hidden_layers = tuple(range(self.shape.num_moe_layers))
         self.frequencies = before.frequencies
-        self._ready: list[_Live] = []
+        self._ready: list[LiveForecast] = []
         self._ready_for: Sequence[Gate] | None = None
         self._ready_scoring = ""
 
@@ -157,11 +147,24 @@ class Ensemble:
         if gates is not None and (self._ready_for is not gates or self._ready_scoring != scoring):
             is_sigmoid = scoring == "sigmoid"
             self._ready = [
-                _Live(self, layer_idx, gates, is_sigmoid=is_sigmoid)
+                self._live(layer_idx, gates, is_sigmoid=is_sigmoid)
                 for layer_idx in range(len(self.stages))
             ]
             self._ready_for, self._ready_scoring = gates, scoring
         return EnsemblePredictor(self, self._ready if gates is not None else [], tokens=tokens)
+
+    def _live(self, layer_idx: int, gates: Sequence[Gate], *, is_sigmoid: bool) -> LiveForecast:
+        targets = later_layers(self.shape, layer_idx)
+        both, alone = self.slopes[:, np.arange(len(targets)), np.array(targets)]
+        return LiveForecast(
+            self.stages[layer_idx],
+            layer_idx,
+            gates,
+            shape=self.shape,
+            both=both,
+            alone=alone,
+            is_sigmoid=is_sigmoid,
+        )
 
     def state(self) -> tuple[Mapping[str, np.ndarray], dict[str, Any]]:
         """See TrainedFamily."""
@@ -199,7 +202,7 @@ class EnsemblePredictor:
     def __init__(
         self,
         family: Ensemble,
-        stages: Sequence[_Live],
+        stages: Sequence[LiveForecast],
         *,
         tokens: str,
     ) -> None:
@@ -207,37 +210,27 @@ class EnsemblePredictor:
         self._before = family.before.make()
         self._stages = stages
         self._last_only = tokens == "last"
-        layers, size = self.shape.num_moe_layers, self.shape.hidden_size
-        # States of the previous token and of this one, by layer; zero where there is none.
-        self._past = np.zeros((layers, size), np.float32)
-        self._now = np.zeros((layers, size), np.float32)
+        self._states = States(self.shape)
         self._odds: np.ndarray | None = None
         self._num_passes = 0
 
     def begin(self, prompt_ids: np.ndarray) -> None:
         self._before.begin(prompt_ids)
-        self._past[:] = 0.0
-        self._now[:] = 0.0
+        self._states.begin()
         self._odds = None
         self._num_passes = 0
 
     def before_token(self, token_id: int, horizon: int) -> Forecast | None:
         forecast = self._before.before_token(token_id, horizon)
         if horizon == 1 and forecast is not None:
-            self._odds = log_odds_of(forecast.probability)
+            self._odds = self._before.odds_of(forecast)
         return forecast
 
     def in_pass(self, layer_idx: int, router_input: Tensor) -> Forecast | None:
         if layer_idx >= len(self._stages):
             return None
-        states = to_host(router_input, last_only=self._last_only)
-        num_tokens = len(states)
-        before = self._now[layer_idx - 1 : layer_idx] if layer_idx else None
-        # Of several tokens at once, the later layers' states at the token before are not there.
-        past = self._past if num_tokens == 1 else None
-        if num_tokens > 1:
-            before = None
-        table = self._stages[layer_idx].forecast(states, before, past, self._odds)
+        rows = router_input[-1:] if self._last_only else router_input
+        table = self._stages[layer_idx](rows, self._states, self._odds)
         return Forecast(self._num_passes, layer_idx + 1, layer_idx + 1 + len(table), table)
 
     def observe(
@@ -247,84 +240,19 @@ class EnsemblePredictor:
         topk_weights: np.ndarray,
         router_input: Tensor | None,
     ) -> None:
-        self._before.observe(layer_idx, topk_ids, topk_weights, router_input)
         if router_input is not None:
-            self._now[layer_idx] = to_host(router_input, last_only=True)[0]
+            stored = self._states.store(layer_idx, router_input)
+            if len(router_input) == 1:
+                router_input = stored
+        self._before.observe(layer_idx, topk_ids, topk_weights, router_input)
         if layer_idx == self.shape.num_moe_layers - 1:
-            # The pass is over: its states are the previous token's from now on.
-            self._past, self._now = self._now, self._past
+            self._states.end_pass()
             self._odds = None
             self._num_passes += 1
 
 
-class _Live:
-    """One stage, ready to run: gates merged, buffers laid out."""
-
-    def __init__(
-        self, family: Ensemble, layer_idx: int, gates: Sequence[Gate], *, is_sigmoid: bool
-    ) -> None:
-        shape = family.shape
-        self._shape = shape
-        self._stage = LiveStage(family.stages[layer_idx])
-        self._targets = later_layers(shape, layer_idx)
-        self._past_layers = past_layers(shape, layer_idx)
-        weight, self._bias = _stacked_gates(gates, self._targets)
-        self._gate = HalfMatrix(weight)
-        self._own = HalfMatrix(gates[layer_idx][0].cpu())
-        self._is_sigmoid = is_sigmoid
-        places = np.arange(len(self._targets))
-        both, alone = family.slopes[:, places, self._targets.start + places]
-        self._of_drift, self._of_odds = both[:, :1].copy(), both[:, 1:].copy()
-        self._of_drift_alone = alone[:, :1].copy()
-        self._features = np.zeros((1, num_features(shape)), np.float32)
-
-    def forecast(
-        self,
-        states: np.ndarray,
-        before: np.ndarray | None,
-        past: np.ndarray | None,
-        odds: np.ndarray | None,
-    ) -> np.ndarray:
-        """[D, E] probabilities of the later layers; the union where there are several states."""
-        size, experts = self._shape.hidden_size, self._shape.num_experts
-        tokens = len(states)
-        features = self._features
-        if tokens > 1:
-            features = np.zeros((tokens, features.shape[1]), np.float32)
-        features[:, :size] = states
-        features[:, size : size + experts] = own_choice(self._own(states), self._shape.top_k)
-        start = size + experts
-        features[:, start : start + size] = 0.0 if before is None else before
-        for place, layer in enumerate(self._past_layers, start=1):
-            at = start + place * size
-            features[:, at : at + size] = 0.0 if past is None else past[layer]
-        logits = self._stage.corrections(features)
-        logits += self._gate(states)
-        scores = ranking_scores(
-            logits.reshape(tokens, -1, experts), self._bias, is_sigmoid=self._is_sigmoid
-        )
-        if odds is None:
-            scores = scores * self._of_drift_alone
-        else:
-            scores = scores * self._of_drift
-            scores += odds[self._targets.start : self._targets.stop] * self._of_odds
-        return union(quick_inclusion(scores, self._shape.top_k))
-
-
 def _even_slopes(shape: ModelShape) -> np.ndarray:
     return np.ones((2, DEPTH, shape.num_moe_layers, 2), np.float32)
-
-
-def _stacked_gates(
-    gates: Sequence[Gate], targets: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray | None]:
-    """The later layers' gates [D * E, H], and their biases [D, E] where all have one."""
-    weights = [gates[target][0].float().cpu().numpy() for target in targets]
-    biases = [gates[target][1] for target in targets]
-    if any(bias is None for bias in biases):
-        return np.concatenate(weights), None
-    stacked = np.stack([bias.float().cpu().numpy() for bias in biases if bias is not None])
-    return np.concatenate(weights), stacked
 
 
 def _scores(
@@ -336,7 +264,7 @@ def _scores(
     is_sigmoid: bool,
 ) -> np.ndarray:
     """[N, D, E] by which the later routers are expected to rank."""
-    weight, bias = _stacked_gates(gates, targets)
+    weight, bias = stacked_gates(gates, targets)
     logits = stage.corrections(features)
     logits += features[:, : weight.shape[1]] @ weight.T
     return ranking_scores(

@@ -21,11 +21,11 @@ class HalfMatrix:
     """
 
     def __init__(self, weight: np.ndarray | torch.Tensor) -> None:
-        self._weight = torch.as_tensor(weight).detach().half().contiguous()
+        self.weight = torch.as_tensor(weight).detach().half().contiguous()
 
     def __call__(self, rows: np.ndarray) -> np.ndarray:
         given = torch.from_numpy(np.ascontiguousarray(rows))
         if len(rows) > FEW_ROWS:
-            return (given @ self._weight.float().T).numpy()
-        products = [torch.mv(self._weight, row) for row in given.half()]
+            return (given @ self.weight.float().T).numpy()
+        products = [torch.mv(self.weight, row) for row in given.half()]
         return torch.stack(products).float().numpy()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..collect.schema import ModelShape
+from .base import Forecast
 from .cluster import assign, k_means
 from .context import UNKNOWN, ContextPredictor, Window
 from .encoder import Encoder, Frames
@@ -128,7 +129,7 @@ class Hierarchical(NetworkFamily):
     ) -> ContextPredictor:
         """A predictor for one sequence; it needs no gates."""
         if self._live is None:
-            self._live = LiveHierarchical.of(self.network, self.vocabulary)  # type: ignore[arg-type]
+            self._live = LiveHierarchical.of(self)
         return HierarchicalPredictor(self, self._live)
 
     @classmethod
@@ -174,21 +175,38 @@ class HierarchicalPredictor(ContextPredictor):
         super().__init__(family)
         self._statistics = family.statistics
         self._live = live
+        # Of the token that was asked about last, while nothing was observed since.
         self._encoded: np.ndarray | None = None
-        self._encoded_id = UNKNOWN
-        self._known = Remembered()
+        self._found: tuple[np.ndarray, np.ndarray] | None = None
+        self._asked_id = UNKNOWN
+        self._known = Remembered(family.context, family.settings.width)
         self._last_layer = family.shape.num_moe_layers
 
     def begin(self, prompt_ids: np.ndarray) -> None:
         super().begin(prompt_ids)
-        self._encoded = None
+        self._encoded = self._found = None
         self._known.forget()
         self._last_layer = self.shape.num_moe_layers
 
+    def before_token(self, token_id: int, horizon: int) -> Forecast | None:
+        if not 1 <= horizon <= self._family.horizon:
+            return None
+        if self._found is None or token_id != self._asked_id:
+            if self._encoded is not None and token_id == self._asked_id:
+                return super().before_token(token_id, horizon)
+            self._encoded, self._asked_id = None, token_id
+            self._found = self._live.forecast(self._history.window(token_id), self._known)
+            if self._found is None:
+                return super().before_token(token_id, horizon)
+        step = self._history.step + horizon - 1
+        return Forecast(step, 0, self.shape.num_moe_layers, self._found[0][horizon - 1])
+
+    def odds_of(self, forecast: Forecast) -> np.ndarray:
+        return super().odds_of(forecast) if self._found is None else self._found[1]
+
     def log_odds(self, window: Window, horizon: int) -> np.ndarray:
-        token_id = int(window.token_id[0])
-        if self._encoded is None or token_id != self._encoded_id:
-            self._encoded, self._encoded_id = self._live.encoder(window, self._known), token_id
+        if self._encoded is None:
+            self._encoded = self._live.encoder(window, self._known)
         base = self._statistics.log_odds(window, horizon)[0]
         return self._live.scores(self._encoded, base, horizon)[None]
 
@@ -200,7 +218,7 @@ class HierarchicalPredictor(ContextPredictor):
         router_input: Tensor | None,
     ) -> None:
         # What was seen is another token's context from now on.
-        self._encoded = None
+        self._encoded = self._found = None
         if layer_idx <= self._last_layer:
             self._known.advance(len(topk_ids))
         self._last_layer = layer_idx

@@ -35,8 +35,8 @@ def later_layers(shape: ModelShape, layer_idx: int, depth: int = DEPTH) -> range
 
 def to_host(router_input: Tensor, *, last_only: bool) -> np.ndarray:
     """Router inputs as float32 [T or 1, hidden_size] on the host; waits for a device."""
-    rows = router_input[-1:] if last_only else router_input
-    return rows.float().cpu().numpy()
+    rows = router_input[-1:] if last_only and len(router_input) > 1 else router_input
+    return rows.detach().float().cpu().numpy()
 
 
 def quick_inclusion(log_odds: np.ndarray, top_k: int) -> np.ndarray:

@@ -1,26 +1,28 @@
-"""The hierarchical network for one running sequence, in numpy: PyTorch's cost a call is most of a
-small network's time.
+"""The hierarchical network for one running sequence: PyTorch's cost a call is most of a small
+network's time, so a token is one native call (`kernels.forecast`).
 
-Computes what `HierarchicalNetwork` computes for the last frame, to rounding; an encoding is shared
-by all horizons.
+The same in numpy stands beside it, for the first token after a prompt and where the library is
+missing. Both compute what `HierarchicalNetwork` computes for the last frame, to rounding; an
+encoding is shared by all horizons.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..kernels import forecast as native
 from .context import UNKNOWN, Window
 from .half_matrix import HalfMatrix
 
 if TYPE_CHECKING:
     from .encoder import Block, Encoder, Vocabulary
-    from .hierarchical import HierarchicalNetwork
+    from .hierarchical import Hierarchical, HierarchicalNetwork
 
 
 class Linear:
@@ -35,6 +37,10 @@ class Linear:
         if self._bias is not None:
             found += self._bias
         return found
+
+    def described(self) -> native.HalfLinear:
+        """For the native calls."""
+        return native.HalfLinear(self._weight.weight, self._bias)
 
 
 class Norm:
@@ -52,6 +58,10 @@ class Norm:
         centred += self._bias
         return centred
 
+    def described(self) -> native.LayerNorm:
+        """For the native calls."""
+        return native.LayerNorm(self._weight, self._bias, self._eps)
+
 
 class LiveBlock:
     """One block of the encoder: [T, W] -> [T, W], or [1, W] of the last frame."""
@@ -62,6 +72,19 @@ class LiveBlock:
         self._query, self._key_value = Linear(block.query), Linear(block.key_value)
         self._out, self._lag = Linear(block.out), _array(block.lag)
         self._feed_in, self._feed_out = Linear(block.feed_in), Linear(block.feed_out)
+
+    def described(self) -> native.EncoderBlock:
+        """For the native calls."""
+        return native.EncoderBlock(
+            norm=self._norm.described(),
+            feed_norm=self._feed_norm.described(),
+            query=self._query.described(),
+            key_value=self._key_value.described(),
+            out=self._out.described(),
+            feed_in=self._feed_in.described(),
+            feed_out=self._feed_out.described(),
+            lag=self._lag,
+        )
 
     def keys_values(self, x: np.ndarray) -> np.ndarray:
         """[T, 2 * W] of frames [T, W]."""
@@ -91,28 +114,34 @@ class LiveBlock:
         return x + self._feed_out(F.gelu(fed).numpy())
 
 
-@dataclass(slots=True)
 class Remembered:
-    """A sequence's frames as the encoder's first block sees them, newest first.
+    """A sequence's frames as the encoder's first block sees them.
 
-    `rows` [T, 3 * W] hold a frame, its key and its value; `newest` is the frame of the token about
-    to run, which joins them once that token has run.
+    `frames` [context, 3 * W], newest first, hold a frame, its key and its value. The first is that
+    of the token about to run, once `is_asked`; `num_known` others follow it.
     """
 
-    rows: np.ndarray | None = None
-    newest: np.ndarray | None = None
+    def __init__(self, context: int, width: int) -> None:
+        self.frames = np.zeros((context, 3 * width), np.float32)
+        self.num_known = 0
+        self.is_asked = False
 
     def forget(self) -> None:
         """What is known of the sequence is out of date."""
-        self.rows = self.newest = None
+        self.num_known, self.is_asked = 0, False
 
     def advance(self, num_tokens: int) -> None:
         """A pass over so many tokens has begun."""
-        if num_tokens != 1 or self.newest is None:
+        if num_tokens != 1 or not self.is_asked:
             self.forget()
             return
-        parts = [self.newest] if self.rows is None else [self.newest, self.rows]
-        self.rows, self.newest = np.concatenate(parts), None
+        self.frames[1:] = self.frames[:-1]
+        self.num_known = min(self.num_known + 1, len(self.frames) - 1)
+        self.is_asked = False
+
+    def serves(self, num_frames: int) -> bool:
+        """All of the newest `num_frames` are here but that of the token about to run."""
+        return self.num_known >= num_frames - 1
 
 
 class LiveEncoder:
@@ -137,18 +166,15 @@ class LiveEncoder:
         """[1, W] of a window of one row; `known` is read and brought up to date."""
         length = int(window.length[0])
         num_frames = min(length + 1, window.past_ids.shape[1])
-        num_known = 0 if known.rows is None else min(len(known.rows), num_frames - 1)
-        if num_known < num_frames - 1:
-            # After a prompt, whose frames nobody asked for.
-            num_known = 0
-        fresh = self._frames(window, num_frames - num_known, length)
+        # Not there after a prompt, whose frames nobody asked for.
+        num_fresh = 1 if known.serves(num_frames) else num_frames
+        fresh = self._frames(window, num_fresh, length)
         first = self._blocks[0] if self._blocks else None
         if first is not None:
             fresh = np.concatenate([fresh, first.keys_values(fresh)], axis=1)
-        rows = fresh
-        if num_known and known.rows is not None:
-            rows = np.concatenate([fresh, known.rows[:num_known]])
-        known.newest, known.rows = rows[:1], rows[1:]
+        known.frames[:num_fresh, : fresh.shape[1]] = fresh
+        known.num_known, known.is_asked = num_frames - 1, True
+        rows = known.frames[:num_frames]
         rows = rows[::-1]
         width = len(self._none)
         x, keys_values = rows[:, :width], rows[:, width:]
@@ -161,6 +187,22 @@ class LiveEncoder:
             asking = slice(-1, None) if index == len(self._blocks) - 1 else slice(None)
             x = block(x[asking], keys_values, is_seen[asking], lags[asking])
         return self._norm(x[-1:])
+
+    def described(self) -> dict[str, Any]:
+        """For the native calls."""
+        states = None
+        if self._states is not None and self._states_norm is not None:
+            states = self._states.described(), self._states_norm.described()
+        return {
+            "vocabulary": self._vocabulary.keys,
+            "own": self._own,
+            "past": self._past,
+            "expert": self._expert,
+            "none": self._none,
+            "states": states,
+            "blocks": [block.described() for block in self._blocks],
+            "norm": self._norm.described(),
+        }
 
     def _frames(self, window: Window, count: int, length: int) -> np.ndarray:
         """[count, W] of the newest frames, newest first; frame i follows past token i."""
@@ -188,17 +230,46 @@ class LiveHierarchical:
     heads: list[Linear]
     member: np.ndarray
     cluster: np.ndarray
+    native: native.TokenForecast | None
 
     @classmethod
-    def of(cls, network: HierarchicalNetwork, vocabulary: Vocabulary) -> LiveHierarchical:
+    def of(cls, family: Hierarchical) -> LiveHierarchical:
         """A copy of the network's weights as they are now."""
+        network: HierarchicalNetwork = family.network  # type: ignore[assignment]
         cluster = network.cluster.numpy()  # type: ignore[operator]
         member = cluster[:, :, None] == np.arange(network.num_clusters)
-        return cls(
-            LiveEncoder(network.encoder, vocabulary, network.shape.num_experts),
-            [Linear(head) for head in network.heads],  # type: ignore[arg-type]
-            member.astype(np.float32),
-            cluster,
+        encoder = LiveEncoder(network.encoder, family.vocabulary, network.shape.num_experts)
+        heads = [Linear(head) for head in network.heads]  # type: ignore[arg-type]
+        called = None
+        if native.is_available():
+            called = native.TokenForecast(
+                **encoder.described(),
+                horizons=_horizons(family, heads),
+                cluster=cluster,
+                num_clusters=network.num_clusters,
+                frequencies=family.frequencies,
+                top_k=family.shape.top_k,
+            )
+        return cls(encoder, heads, member.astype(np.float32), cluster, called)
+
+    def forecast(self, window: Window, known: Remembered) -> tuple[np.ndarray, np.ndarray] | None:
+        """Calibrated [horizon, L, E] of a window of one row and the first's log-odds, by one call.
+
+        None where that cannot be: without the library, or where earlier frames are not known.
+        """
+        length = int(window.length[0])
+        num_frames = min(length + 1, len(known.frames))
+        if self.native is None or not known.serves(num_frames):
+            return None
+        known.num_known, known.is_asked = num_frames - 1, True
+        return self.native(
+            int(window.token_id[0]),
+            past_id=int(window.past_ids[0, 0]),
+            topk_ids=window.topk_ids[0, 0],
+            states=window.hidden[0, 0],
+            has_past=length > 0,
+            frames=known.frames,
+            num_frames=num_frames,
         )
 
     def scores(self, encoded: np.ndarray, base: np.ndarray, horizon: int) -> np.ndarray:
@@ -221,6 +292,30 @@ class LiveHierarchical:
         sums = np.einsum("le,lec->lc", np.exp(values - largest), self.member)
         sums += np.float32(1e-9)
         return np.log(sums) + largest
+
+
+def _horizons(family: Hierarchical, heads: list[Linear]) -> list[native.HorizonHead]:
+    statistics = family.statistics
+    return [
+        native.HorizonHead(
+            keys=table.keys,
+            totals=table.totals,
+            steps=table.steps,
+            cells=table.cells,
+            strength=strength,
+            transitions=transitions.probability,
+            head=head.described(),
+            scale=scale,
+        )
+        for table, strength, transitions, head, scale in zip(
+            statistics.tables,
+            statistics.strengths,
+            statistics.transitions,
+            heads,
+            family.calibration.scale,
+            strict=True,
+        )
+    ]
 
 
 def _array(tensor: torch.Tensor) -> np.ndarray:

@@ -8,6 +8,7 @@ import torch
 from drift_traces import SHAPE, WINDOW, write_drift_traces
 
 from outrider.collect.trace import TraceReader
+from outrider.kernels import forecast as native
 from outrider.predictors import metrics
 from outrider.predictors.base import family_class
 from outrider.predictors.checkpoint import load_predictor, save_predictor
@@ -126,6 +127,8 @@ def replay_before(before, examples):
 def test_running_sees_the_features_it_was_trained_on(ensemble, splits, monkeypatch):
     examples, gates = splits["test"], splits["test"].gates
     seen = []
+    monkeypatch.setattr(native, "is_available", lambda: False)
+    ensemble = Ensemble(ensemble.before, ensemble.stages, ensemble.slopes)
     corrections = LiveStage.corrections
     monkeypatch.setattr(
         LiveStage, "corrections", lambda self, x: (seen.append(x.copy()), corrections(self, x))[1]
