@@ -13,7 +13,9 @@ import zmq
 from .clock import AwakeClock
 from .messages import NUM_FRAMES
 
-_FIRST = zmq.NOBLOCK | zmq.SNDMORE
+# Plain numbers: an operation on an enum costs more than the call that it is for.
+_MORE, _LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
+_EVENTS, _POLLIN = int(zmq.EVENTS), int(zmq.POLLIN)
 Sent = Literal["sent", "kept", "dropped", "gone"]
 # Messages kept for a client whose pipe is full; more would be memory without bound.
 MAX_KEPT = 1024
@@ -39,16 +41,18 @@ class Router:
 
         News is told once, and may have been used up by any call since: ask `has_input` too.
         """
-        return self.socket.get(zmq.FD)
+        return int(self.socket.get(zmq.FD))
 
     @property
     def has_input(self) -> bool:
         """Whether `receive` would give something."""
-        return bool(self.socket.get(zmq.EVENTS) & zmq.POLLIN)
+        return int(self.socket.get(_EVENTS)) & _POLLIN != 0
 
     @property
     def num_kept(self) -> int:
         """Messages that wait for a full pipe."""
+        if not self._backlogs:
+            return 0
         return sum(len(backlog.frames) for backlog in self._backlogs.values())
 
     def receive(self) -> tuple[bytes, list[bytes], int] | None:
@@ -130,10 +134,10 @@ class Router:
         send = self.socket.send
         try:
             # The first frame alone can be refused: a message is taken whole or not at all.
-            send(client, _FIRST)
+            send(client, _MORE)
             for frame in frames[:-1]:
-                send(frame, _FIRST)
-            send(frames[-1], zmq.NOBLOCK)
+                send(frame, _MORE)
+            send(frames[-1], _LAST)
         except zmq.Again:
             return "dropped"
         except zmq.ZMQError as error:

@@ -1,6 +1,8 @@
 """One request while it is served: what it was granted, what was sent, how it ends."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from ..errors import FieldError, OutriderError, TransferError, UsageError
@@ -34,17 +36,16 @@ class Ending(NamedTuple):
     is_silent: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """A message for a request's client; with an `outcome` it is the last one.
 
-    `message` None: the client has gone.
+    `message` None: the client has gone. `summary` is what the log says of a request that ended.
     """
 
     key: Key
     message: Chunk | Done | Error | None
     outcome: Outcome | None = None
-    summary: dict[str, Any] = field(default_factory=dict)
+    summary: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(slots=True, eq=False)

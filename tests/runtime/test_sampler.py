@@ -96,6 +96,17 @@ def sampling_params(draw, *, penalties=True):
     return SamplingParams(**params)
 
 
+def test_a_presence_penalty_is_taken_in_double_precision():
+    params = SamplingParams(
+        temperature=0.0, presence_penalty=-1.3, frequency_penalty=0.53, repetition_penalty=0.71
+    )
+    sampler = Sampler(params, vocab_size=2)
+    state = sampler.begin()
+    tokens = [sampler.sample(torch.tensor([-1.0, -1.0]), state).token_id for _ in range(4)]
+    # After three of token 0 the two differ in the last bits of a double only.
+    assert tokens == [0, 0, 0, 0]
+
+
 @settings(relaxed, max_examples=150)
 @given(logit_lists, sampling_params(), st.data())
 def test_sequence_of_tokens_is_that_of_the_reference(logits, params, data):
