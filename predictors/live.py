@@ -241,7 +241,7 @@ class LiveHierarchical:
         encoder = LiveEncoder(network.encoder, family.vocabulary, network.shape.num_experts)
         heads = [Linear(head) for head in network.heads]  # type: ignore[arg-type]
         called = None
-        if native.is_available():
+        if native.is_available() and family.frequencies is not None:
             called = native.TokenForecast(
                 **encoder.described(),
                 horizons=_horizons(family, heads),

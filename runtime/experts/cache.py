@@ -167,6 +167,11 @@ class ExpertCache:
         entry = self._entries.get(key)
         return None if entry is None else entry.state
 
+    def absent(self, keys: Iterable[ExpertKey]) -> list[bool]:
+        """Of each key whether it holds no slot."""
+        entries = self._entries
+        return [key not in entries for key in keys]
+
     def slot_of(self, key: ExpertKey) -> Slot | None:
         """The slot an expert holds, be it LOADING or READY; not a permission to read it."""
         entry = self._entries.get(key)

@@ -16,6 +16,7 @@ from ...predictors.base import Forecast
 from ..errors import TransferError, UsageError
 from .cache import ExpertCache, Kind
 from .controller import GainController
+from .plan import Plan
 from .price import ReadPrice
 from .transfer import Transfer, TransferEngine
 from .wanted import Wanted
@@ -30,8 +31,8 @@ MAX_FAILURES = 3
 
 SMOOTHING = 0.2
 
-# (step, -tenths of probability, moment, probability, key)
-_Candidate = tuple[int, float, int, float, ExpertKey]
+UNKNOWN_READS = 1e9
+"""Reads that are taken to fit into a moment while no speed is known: all of them."""
 
 
 class Prefetcher:
@@ -73,7 +74,7 @@ class Prefetcher:
         self._is_decode = True
         self._step = 0
         self._wanted = Wanted(shape, self._price)
-        self._plan: list[_Candidate] | None = None
+        self._plan: Plan | None = None
         self._for_next: set[ExpertKey] = set()
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._num_failures = 0
@@ -295,57 +296,44 @@ class Prefetcher:
 
     def _issue(self) -> None:
         bandwidth = self._transfers.bandwidth() if self._layer_s else 0.0
-        queued = self._transfers.outstanding_bytes()
         budget = self._budget(bandwidth)
+        if self._issued_bytes + self._nbytes > budget:
+            return
         position = self._wanted.position
-        last = position + self.reach
-        plan = self._candidates() if self._plan is None else self._plan
-        self._plan = []
-        for index, candidate in enumerate(plan):
-            step, _, moment, probability, key = candidate
+        plan = self._plan
+        if plan is None:
+            plan = self._plan = Plan(
+                self._wanted.tables,
+                cells=self._wanted.cells,
+                position=position,
+                least=self._price.least_probability,
+                absent=self._cache.absent,
+            )
+        reads_a_moment = self._layer_s * bandwidth / self._nbytes if bandwidth else UNKNOWN_READS
+        due = plan.due(
+            position=position,
+            last=position + self.reach,
+            reads_a_moment=reads_a_moment,
+            queued=self._transfers.outstanding_bytes() / self._nbytes,
+            price=self._price.price,
+        )
+        num_issued = 0
+        for index, lead in due:
             if self._issued_bytes + self._nbytes > budget:
-                self._plan += plan[index:]
                 return
-            if moment <= position or self._cache.state(key) is not None:
+            key = plan.keys[index]
+            if self._cache.state(key) is not None:
+                plan.is_open[index] = False
                 continue
-            self._plan.append(candidate)
-            if moment > last:
-                continue
-            done = 1.0
-            if bandwidth:
-                lead_bytes = (moment - position) * self._layer_s * bandwidth - queued
-                done = min(lead_bytes / self._nbytes, 1.0)
-            if done < 0.5 or not self._pays(key, probability, done):
+            done = min(lead - num_issued, 1.0)
+            if done < 0.5 or not self._pays(key, float(plan.chances[index]), done):
                 continue
             if not self._start(key):
-                self._plan += plan[index + 1 :]
                 return
-            self._plan.pop()
-            queued += self._nbytes
-            (self._for_next.add if step > self._step else self._for_next.discard)(key)
-
-    def _candidates(self) -> list[_Candidate]:
-        """What is likely enough to be read ahead at all, in the order in which it is."""
-        num_layers, least = self._shape.num_moe_layers, self._price.least_probability
-        found: list[_Candidate] = []
-        for step, table in self._wanted.tables.items():
-            first = step * num_layers
-            start = max(0, self._wanted.position + 1 - first)
-            rows = table[start:]
-            layers, experts = np.nonzero(rows >= least)
-            values = rows[layers, experts]
-            for row, expert_idx, value, tenths in zip(
-                layers.tolist(),
-                experts.tolist(),
-                values.tolist(),
-                values.round(1).tolist(),
-                strict=True,
-            ):
-                key = ExpertKey(start + row, expert_idx)
-                if self._cache.state(key) is None:
-                    found.append((step, -tenths, first + key.layer_idx, value, key))
-        found.sort()
-        return found
+            plan.is_open[index] = False
+            num_issued += 1
+            is_for_next = plan.steps[index] > self._step
+            (self._for_next.add if is_for_next else self._for_next.discard)(key)
 
     def _pays(self, key: ExpertKey, probability: float, done: float) -> bool:
         cost = self._price.price + self._cache.victim_worth(key)

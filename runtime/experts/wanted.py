@@ -9,6 +9,7 @@ import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
+from .plan import Cells
 from .price import ReadPrice
 
 
@@ -22,11 +23,13 @@ class Wanted(Collection[ExpertKey]):
     def __init__(self, shape: ModelShape, price: ReadPrice) -> None:
         self.tables: dict[int, np.ndarray] = {}
         self.position = -1
+        self.cells = Cells(shape)
         self._shape = shape
         self._price = price
-        # Of each key the last moment at which it is expected, while forecasts and price stay.
-        self._last: dict[ExpertKey, int] | None = None
+        # Of each cell the last moment at which it is expected, while forecasts and price stay.
+        self._last: list[int] | None = None
         self._priced = 0.0
+        self._layers = np.arange(shape.num_moe_layers)[:, None]
 
     def take(self, forecast: Forecast) -> bool:
         """Take the newest forecast for its layers and step; False if its moments have passed."""
@@ -57,10 +60,11 @@ class Wanted(Collection[ExpertKey]):
         last = self._last
         if last is None or self._price.price != self._priced:
             last = self._gather()
-        return last.get(key, -1) > self.position  # type: ignore[arg-type]
+        layer_idx, expert_idx = key  # type: ignore[misc]
+        return last[layer_idx * self._shape.num_experts + expert_idx] > self.position
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        return filter(self.__contains__, list(self._gather()))
+        return filter(self.__contains__, self.cells.keys)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -69,12 +73,11 @@ class Wanted(Collection[ExpertKey]):
         # Asked at each failed reserve, where counting would look at every expert of the model.
         return bool(self.tables)
 
-    def _gather(self) -> dict[ExpertKey, int]:
+    def _gather(self) -> list[int]:
         least, num_layers = self._price.least_probability, self._shape.num_moe_layers
-        last: dict[ExpertKey, int] = {}
+        last = np.full((num_layers, self._shape.num_experts), -1)
         for step in sorted(self.tables):
-            layers, experts = np.nonzero(self.tables[step] >= least)
-            for layer_idx, expert_idx in zip(layers.tolist(), experts.tolist(), strict=True):
-                last[ExpertKey(layer_idx, expert_idx)] = step * num_layers + layer_idx
-        self._last, self._priced = last, self._price.price
-        return last
+            moments = step * num_layers + self._layers
+            np.copyto(last, moments, where=self.tables[step] >= least)
+        self._last, self._priced = last.reshape(-1).tolist(), self._price.price
+        return self._last
