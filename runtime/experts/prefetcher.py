@@ -9,8 +9,6 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from typing import Literal
 
-import numpy as np
-
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
 from ..errors import TransferError, UsageError
