@@ -23,6 +23,7 @@ from .errors import DeviceLostError, OutriderError, UsageError
 from .generation import GenerationChunk, GenerationResult
 from .models import adapter
 from .models.loading import LoadedModel, load_model, load_tokenizer, resolve_folder
+from .prefixes import PrefixCache
 from .prompt import Prompt, encode, is_one, request_of
 from .request import GenerationRequest, SamplingParams
 from .runner import ModelRunner
@@ -67,7 +68,8 @@ class Engine:
         self.traffic = ExpertTraffic()
         self.stall_s = 0.0
         self.num_failures = 0
-        self._scheduler: Scheduler[Sequence] = Scheduler(self.limits)
+        self._prefixes = self._prefix_cache()
+        self._scheduler: Scheduler[Sequence] = Scheduler(self.limits, leftovers=self._prefixes)
         self._is_closed = False
         self._lost: DeviceLostError | None = None
 
@@ -256,6 +258,8 @@ class Engine:
             )
         pieces: dict[Sequence, str] = {}
         for row, sequence in enumerate(output.sampled):
+            if self._prefixes is not None and not sequence.token_ids:
+                self._prefixes.offer(sequence)
             try:
                 token = sequence.sampler.sample(output.logits[row], sequence.sampler_state)
             except OutriderError as error:
@@ -318,6 +322,12 @@ class Engine:
             raise UsageError("the engine is closed; make a new one")
         if self._lost is not None:
             raise self._lost
+
+    def _prefix_cache(self) -> PrefixCache | None:
+        limit = self.limits.max_kv_tokens
+        if not self.limits.prefix_share or limit is None or not self._runner.prompts_are_exact:
+            return None
+        return PrefixCache(int(limit * self.limits.prefix_share))
 
     def _predictor(self, token_ids: list[int]) -> Predictor | None:
         try:

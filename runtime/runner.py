@@ -57,6 +57,11 @@ class ModelRunner:
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
         adapter.install(loaded.model, loaded.layers, executor.forward)
 
+    @property
+    def prompts_are_exact(self) -> bool:
+        """Whether a prompt's keys and values have the same bits in whatever pieces it runs."""
+        return self._decoder is not None
+
     @torch.inference_mode()
     def run(self, batch: ScheduledBatch[Sequence], *, every_row: bool = False) -> StepOutput:
         """One forward pass.

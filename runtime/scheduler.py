@@ -4,7 +4,7 @@ import math
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 
 class Schedulable(Protocol):
@@ -28,7 +28,8 @@ class BatchLimits:
     `max_prefill_tokens` bounds the prompt tokens that run beside streams that decode, so that a
     long prompt delays them by one piece at a time. A rest of at most `min_piece_tokens` runs with
     the piece before it. `max_kv_tokens` bounds the tokens that all admitted sequences may come to
-    hold in the KV cache; None is no bound.
+    hold in the KV cache; None is no bound. `prefix_share` of it at most may hold prompts of ended
+    requests, for others that begin alike; it never keeps a request waiting.
     """
 
     max_num_seqs: int = 8
@@ -36,6 +37,7 @@ class BatchLimits:
     max_prefill_tokens: int = 512
     min_piece_tokens: int = 0
     max_kv_tokens: int | None = None
+    prefix_share: float = 0.0
 
     def __post_init__(self) -> None:
         if self.max_num_seqs < 1 or self.max_num_batched_tokens < self.max_num_seqs:
@@ -78,6 +80,24 @@ class ScheduledBatch(Generic[S]):
         return self.spans[-1].end if self.spans else 0
 
 
+class Leftovers(Protocol):
+    """KV memory that nobody has been promised, put to use; told who comes and goes."""
+
+    @property
+    def num_tokens(self) -> int: ...
+    def make_room(self, num_tokens: int, sequence: Any) -> None:
+        """Hold at most `num_tokens`, for `sequence` wants the others."""
+        ...
+
+    def admit(self, sequence: Any) -> None:
+        """`sequence` has its KV memory from now on; called once, before its first pass."""
+        ...
+
+    def leave(self, sequence: Any) -> None:
+        """`sequence` had KV memory and has ended."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class _Entry(Generic[S]):
     sequence: S
@@ -94,8 +114,9 @@ class Scheduler(Generic[S]):
     enough. A paused sequence keeps its KV memory but no place in the batch.
     """
 
-    def __init__(self, limits: BatchLimits) -> None:
+    def __init__(self, limits: BatchLimits, *, leftovers: Leftovers | None = None) -> None:
         self.limits = limits
+        self._leftovers = leftovers
         self._waiting: deque[_Entry[S]] = deque()
         self._running: list[_Entry[S]] = []
         self._paused: list[_Entry[S]] = []
@@ -154,9 +175,20 @@ class Scheduler(Generic[S]):
 
     def forget_finished(self) -> None:
         """Hold on to nothing that has finished, wherever it stands."""
+        ended = [
+            entry
+            for entry in (*self._running, *self._paused, *self._waiting)
+            if entry.sequence.is_finished
+        ]
+        if not ended:
+            return
         self._running = [one for one in self._running if not one.sequence.is_finished]
         self._paused = [one for one in self._paused if not one.sequence.is_finished]
         self._waiting = deque(one for one in self._waiting if not one.sequence.is_finished)
+        if self._leftovers is not None:
+            for entry in ended:
+                if entry.is_admitted:
+                    self._leftovers.leave(entry.sequence)
 
     def schedule(self) -> ScheduledBatch[S]:
         """Plan the next pass and forget what has finished."""
@@ -181,8 +213,13 @@ class Scheduler(Generic[S]):
         while self._waiting and len(self._running) < self.limits.max_num_seqs:
             entry = self._next()
             held = 0 if entry.is_admitted else entry.num_kv_tokens
-            if limit is not None and self.num_kv_tokens + held > limit:
+            left = math.inf if limit is None else limit - self.num_kv_tokens - held
+            if left < 0:
                 return
+            if self._leftovers is not None and not entry.is_admitted:
+                if self._leftovers.num_tokens > left:
+                    self._leftovers.make_room(int(left), entry.sequence)
+                self._leftovers.admit(entry.sequence)
             entry.is_admitted = True
             self._waiting.remove(entry)
             self._running.append(entry)

@@ -16,6 +16,7 @@ class Sequence:
     """State of one request, owned by the engine; the scheduler reads lengths only.
 
     `num_computed` tokens are in the KV cache; a sequence decodes when all but its newest token are.
+    The first `num_cached_tokens` of its prompt were there already, computed for another request.
     """
 
     prompt_token_ids: list[int]
@@ -30,6 +31,7 @@ class Sequence:
     tokens: list[SampledToken] = field(default_factory=list)
     kv: SequenceKv = field(default_factory=SequenceKv)
     num_computed: int = 0
+    num_cached_tokens: int = 0
     step: int = 0
     text: str = ""
     finish_reason: str | None = None

@@ -37,6 +37,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True):
     max_waiting: _Count = 64
     max_per_client: _Count = 64
     prefill_tokens: _Count = 512
+    prefix_cache: bool = True
     log_prompts: bool = False
     log_level: str = "info"
     replicas: str | None = None
@@ -63,6 +64,8 @@ _NAMES = ServeOptions.__struct_fields__
 # How long the engine's thread and the socket's may keep the interpreter from each other. With the
 # default of 5 ms a token waits longer than the socket's thread has work (measured: bench/LOG.md).
 _SWITCH_S = 1e-4
+# Of the memory for keys and values, what prompts of requests that ended may hold.
+_PREFIX_SHARE = 0.125
 
 
 def _serve(help_text: str) -> Any:
@@ -99,6 +102,10 @@ def serve(
     max_per_client: Annotated[int | None, _serve("open requests of one client [64]")] = None,
     prefill_tokens: Annotated[
         int | None, _serve("prompt tokens that a pass takes beside running streams [512]")
+    ] = None,
+    prefix_cache: Annotated[
+        bool | None,
+        _serve("keep prompts' keys and values for requests that begin alike [on]"),
     ] = None,
     log_prompts: Annotated[
         bool | None, _serve("write prompts into the log (with --log-level debug)")
@@ -197,6 +204,7 @@ def serve(
         max_num_seqs=settings.max_running,
         max_num_batched_tokens=max(2048, settings.max_running + settings.prefill_tokens),
         max_prefill_tokens=settings.prefill_tokens,
+        prefix_share=_PREFIX_SHARE if settings.prefix_cache else 0.0,
     )
     with progress_bars() as progress:
         engine = Engine.from_config(

@@ -50,6 +50,22 @@ class SequenceKv:
         buffers = [*self._keys.values(), *self._values.values()]
         return sum(buffer.numel() * buffer.element_size() for buffer in buffers)
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that memory is held for."""
+        return max((buffer.shape[2] for buffer in self._keys.values()), default=0)
+
+    @torch.inference_mode()
+    def copied(self, num_tokens: int) -> "SequenceKv":
+        """Another sequence's keys and values that begin as the first `num_tokens` of these."""
+        copy = SequenceKv()
+        for mine, its in ((self._keys, copy._keys), (self._values, copy._values)):
+            for layer_idx, rows in mine.items():
+                room = copy._room(its, layer_idx, rows, total=num_tokens)
+                room[:, :, :num_tokens] = rows[:, :, :num_tokens]
+        copy.length = num_tokens
+        return copy
+
     def append(
         self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:

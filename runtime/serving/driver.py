@@ -246,6 +246,7 @@ class Driver:
             work.first_s = now
             self._timings.time_to_first_token.add(now - work.received_s)
             self._timings.prompt_tokens += work.num_prompt_tokens
+            self._timings.prompt_tokens_cached += work.num_cached_tokens
         elif stream.token_ids:
             self._timings.inter_token_latency.add(now - work.last_s)
         work.last_s = now

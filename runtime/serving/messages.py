@@ -164,10 +164,14 @@ class Chunk(Message, frozen=True):
 
 
 class Usage(Message, frozen=True):
-    """Token counts, with the names of the OpenAI API."""
+    """Token counts, with the names of the OpenAI API.
+
+    `cached_tokens` of the prompt's were computed for an earlier request that began alike.
+    """
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
 
 
 class Done(Message, frozen=True):
@@ -235,6 +239,7 @@ class Stats(Message, frozen=True):
     requests_started_total: int
     requests_total: dict[str, int]
     prompt_tokens_total: int
+    prompt_tokens_cached_total: int
     generation_tokens_total: int
     time_to_first_token_seconds: Histogram
     inter_token_latency_seconds: Histogram

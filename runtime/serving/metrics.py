@@ -39,6 +39,7 @@ class Snapshot:
 
     num_running: int
     prompt_tokens: int
+    prompt_tokens_cached: int
     generation_tokens: int
     time_to_first_token: Histogram
     inter_token_latency: Histogram
@@ -51,6 +52,7 @@ class Timings:
 
     def __init__(self) -> None:
         self.prompt_tokens = 0
+        self.prompt_tokens_cached = 0
         self.generation_tokens = 0
         self.time_to_first_token = Observations()
         self.inter_token_latency = Observations()
@@ -61,6 +63,7 @@ class Timings:
         return Snapshot(
             num_running=num_running,
             prompt_tokens=self.prompt_tokens,
+            prompt_tokens_cached=self.prompt_tokens_cached,
             generation_tokens=self.generation_tokens,
             time_to_first_token=self.time_to_first_token.histogram(),
             inter_token_latency=self.inter_token_latency.histogram(),
@@ -102,6 +105,7 @@ class Counters:
             requests_started_total=self.started,
             requests_total=dict(self.finished),
             prompt_tokens_total=snapshot.prompt_tokens,
+            prompt_tokens_cached_total=snapshot.prompt_tokens_cached,
             generation_tokens_total=snapshot.generation_tokens,
             time_to_first_token_seconds=snapshot.time_to_first_token,
             inter_token_latency_seconds=snapshot.inter_token_latency,

@@ -103,7 +103,11 @@ class Work:
         statistics: dict[str, Any] = {} if self.stream is None else self.stream.stats.as_dict()
         return Done(
             finish_reason=finish_reason,
-            usage=Usage(prompt_tokens=self.num_prompt_tokens, completion_tokens=self.num_tokens),
+            usage=Usage(
+                prompt_tokens=self.num_prompt_tokens,
+                completion_tokens=self.num_tokens,
+                cached_tokens=self.num_cached_tokens,
+            ),
             num_chunks=self.num_chunks,
             timings=statistics.get("timings", {}),
             experts=statistics.get("experts", {}),
@@ -113,6 +117,11 @@ class Work:
     def num_prompt_tokens(self) -> int:
         """0 while the prompt has not been encoded."""
         return 0 if self.stream is None else len(self.stream.prompt_token_ids)
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens that need not be run."""
+        return 0 if self.stream is None else self.stream.num_cached_tokens
 
     @property
     def num_tokens(self) -> int:

@@ -36,7 +36,11 @@ def test_a_stream_brings_its_tokens_in_numbered_chunks(wire):
         "some prompt", 9
     )
     assert seen[-1][2]["finish_reason"] == "length"
-    assert seen[-1][2]["usage"] == {"prompt_tokens": 11, "completion_tokens": 9}
+    assert seen[-1][2]["usage"] == {
+        "prompt_tokens": 11,
+        "completion_tokens": 9,
+        "cached_tokens": 0,
+    }
     assert seen[-1][2]["num_chunks"] == 9
 
 

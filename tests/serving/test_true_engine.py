@@ -13,6 +13,8 @@ import served_double
 import wire as by_hand
 from wire import CHUNK, DONE, ERROR, GENERATE, HELLO
 
+from outrider.kernels import native
+
 OUTRIDER = Path(sys.executable).with_name("outrider")
 # In fp32 no near tie is tipped by the sums of a batch of another size.
 FP32 = ("--dtype", "fp32")
@@ -66,6 +68,25 @@ def test_ask_streams_text_and_refuses_in_one_line(server):
     assert (
         refused.stderr.startswith("outrider: invalid_request: ") and refused.stderr.count("\n") == 1
     )
+
+
+def test_a_prompt_that_begins_as_an_earlier_one_is_not_run_again(wire):
+    prompt = "Once upon a time there was a king who had three sons, " * 4
+    before = wire.stats()["prompt_tokens_cached_total"]
+    seen = []
+    for number in range(2):
+        request_id = b"again%d" % number
+        wire.generate(request_id, prompt, 6, temperature=0.0)
+        seen.append(wire.gather(request_id))
+    assert seen[0][0] == seen[1][0]
+    first, second = (one[3]["usage"] for one in seen)
+    assert first["prompt_tokens"] == second["prompt_tokens"] > 33
+    assert first["cached_tokens"] == 0
+    # Nothing is kept where prompts run through transformers, as without the native library.
+    if native.is_available():
+        assert 0 < second["cached_tokens"] < second["prompt_tokens"]
+    gained = wire.stats()["prompt_tokens_cached_total"] - before
+    assert gained == second["cached_tokens"]
 
 
 def test_a_request_gets_its_tokens_whatever_runs_beside_it(wire):

@@ -17,6 +17,7 @@ from outrider.runtime.config import EngineConfig
 from outrider.runtime.engine import Engine
 from outrider.runtime.experts.cache import Kind
 from outrider.runtime.models.loading import LoadedModel, load_model, load_tokenizer
+from outrider.runtime.scheduler import BatchLimits
 from outrider.runtime.testing import ManualTransfer
 from outrider.runtime.tier import build_tier, expert_source
 
@@ -67,6 +68,7 @@ class Models:
         num_slots: int | None = None,
         make_predictor: Any = None,
         is_instant: bool = False,
+        limits: BatchLimits | None = None,
         **options: Any,
     ) -> Iterator[Engine]:
         """An engine over the shared model; `num_slots` instead of a budget if it is given.
@@ -85,7 +87,7 @@ class Models:
         if make_predictor is not None:
             tier.make_predictor = lambda: make_predictor(loaded)
         tokenizer = load_tokenizer(loaded.folder)
-        with Engine(loaded, tier, config=config, tokenizer=tokenizer) as engine:
+        with Engine(loaded, tier, config=config, tokenizer=tokenizer, limits=limits) as engine:
             yield engine
 
     def reference(self, family: str, *, dtype: str = "fp32", **fields: Any) -> "Reference":

@@ -51,7 +51,7 @@ def chunk(seq: int, text: str, *, token_ids: Sequence[int] = (7,), logprobs: Any
 def done(num_chunks: int, *, finish_reason: Any = "stop", prompt_tokens: int = 5) -> Done:
     return Done(
         finish_reason=finish_reason,
-        usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=num_chunks),
+        usage=Usage(prompt_tokens=prompt_tokens, completion_tokens=num_chunks, cached_tokens=3),
         num_chunks=num_chunks,
         timings={},
         experts={},
@@ -110,6 +110,7 @@ def make_stats(**changes: Any) -> Stats:
         requests_started_total=9,
         requests_total={"stop": 3, "length": 2, "cancelled": 1},
         prompt_tokens_total=100,
+        prompt_tokens_cached_total=60,
         generation_tokens_total=200,
         time_to_first_token_seconds=histogram,
         inter_token_latency_seconds=histogram,

@@ -62,6 +62,7 @@ class DoubleStream:
     finish_reason: str | None = None
     error: Exception | None = None
     num_computed: int = 0
+    num_cached_tokens: int = 0
 
     @property
     def num_pending(self) -> int:

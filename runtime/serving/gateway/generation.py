@@ -123,4 +123,5 @@ def _finish_reason(done: Done) -> str:
 
 
 def _usage(done: Done) -> dict[str, Any]:
-    return usage_of(done.usage.prompt_tokens, done.usage.completion_tokens)
+    usage = done.usage
+    return usage_of(usage.prompt_tokens, usage.completion_tokens, cached_tokens=usage.cached_tokens)

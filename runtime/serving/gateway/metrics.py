@@ -30,6 +30,7 @@ _GAUGES = {
 _COUNTERS = {
     "requests_started": "Requests accepted.",
     "prompt_tokens": "Prompt tokens of accepted requests.",
+    "prompt_tokens_cached": "Those of them that an earlier request had computed.",
     "generation_tokens": "Tokens generated.",
     "expert_stall_seconds": "Seconds that computing waited for experts.",
 }

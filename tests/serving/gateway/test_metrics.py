@@ -14,6 +14,7 @@ PROMISED = {
     "outrider_requests_waiting": set(),
     "outrider_requests_total": {"finish_reason"},
     "outrider_prompt_tokens_total": set(),
+    "outrider_prompt_tokens_cached_total": set(),
     "outrider_generation_tokens_total": set(),
     "outrider_time_to_first_token_seconds_bucket": {"le"},
     "outrider_inter_token_latency_seconds_bucket": {"le"},

@@ -24,6 +24,7 @@ def test_a_completion_has_the_text_and_the_usage(gateway, client):
     assert reply.choices[0].finish_reason == "length"
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 2)
     assert reply.usage.total_tokens == 7
+    assert reply.usage.prompt_tokens_details.cached_tokens == 3
     assert reply.object == "text_completion" and reply.model == "nano"
 
 
