@@ -125,7 +125,7 @@ clean: ## remove environments and build products
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/csrc/*) | $(BIN)/python
+$(INSTALLED): pyproject.toml constraints.txt $(wildcard setup.py) $(wildcard kernels/csrc/* runtime/experts/csrc/*) | $(BIN)/python
 	$(PIP) install -q -c constraints.txt -e .
 	touch $@
 

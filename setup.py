@@ -1,7 +1,7 @@
-"""The one thing pyproject.toml cannot say: the native kernels, built where there is a C compiler.
+"""The one thing pyproject.toml cannot say: native kernels and reads, where there is a C compiler.
 
-The extension is a plain shared library without Python's headers, loaded with ctypes; where it
-cannot be built, installation goes on and the kernels run in PyTorch.
+The extensions are plain shared libraries without Python's headers, loaded with ctypes; where they
+cannot be built, installation goes on: the kernels run in PyTorch, files are read by Python.
 """
 
 import sys
@@ -22,4 +22,13 @@ native = Extension(
     optional=True,
 )
 
-setup(ext_modules=[] if sys.platform == "win32" else [native])
+# Reads past the page cache as Linux offers them.
+pieces = Extension(
+    "outrider.runtime.experts._pieces",
+    sources=["runtime/experts/csrc/pieces.c"],
+    extra_compile_args=["-std=gnu11", "-O2", "-g0"],
+    optional=True,
+)
+
+by_platform = {"win32": [], "linux": [native, pieces]}
+setup(ext_modules=by_platform.get(sys.platform, [native]))

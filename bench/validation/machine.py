@@ -11,8 +11,8 @@ import torch
 
 from ...collect.schema import ExpertKey
 from ...predictors.base import Predictor
-from ...runtime.experts.layout import Extent
-from ...runtime.experts.reader import split_extents
+from ...runtime.experts.pieces import Halt, split_extents
+from ...runtime.experts.reader import ReadPlan
 from ...runtime.experts.transfer import PIECE_BYTES
 from ...runtime.models import adapter
 from ...runtime.request import GenerationRequest
@@ -65,15 +65,23 @@ class ThrottledReader:
         self._lock = threading.Lock()
         self._free_at = 0.0
 
-    def read(self, piece: Extent, target: memoryview, *, bounce: memoryview) -> None:
-        """As FileReader's; returns when a disk of that speed would have."""
-        with self._lock:
-            now = time.perf_counter()
-            self._free_at = max(self._free_at, now) + piece.length / self._bytes_per_s
-            ends = self._free_at
-        self._reader.read(piece, target, bounce=bounce)
-        while (left := ends - time.perf_counter()) > 0.0:
-            time.sleep(left)
+    def read_run(
+        self, plan: ReadPlan, run: range, *, slot: memoryview, bounce: memoryview, halt: Halt
+    ) -> int:
+        """As FileReader's; each piece is there when a disk of that speed would have it."""
+        for place, index in enumerate(run):
+            if halt.value:
+                return place
+            with self._lock:
+                now = time.perf_counter()
+                length = plan.pieces[index].length
+                self._free_at = max(self._free_at, now) + length / self._bytes_per_s
+                ends = self._free_at
+            one = range(index, index + 1)
+            self._reader.read_run(plan, one, slot=slot, bounce=bounce, halt=Halt(0))
+            while (left := ends - time.perf_counter()) > 0.0:
+                time.sleep(left)
+        return len(run)
 
     def close(self) -> None:
         """Close the files."""

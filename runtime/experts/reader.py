@@ -8,14 +8,15 @@ import mmap
 import os
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from ..errors import TransferError
-from .layout import BLOCK_ALIGN, Extent, align_up
+from .layout import BLOCK_ALIGN, align_up
 from .memory import map_memory
+from .pieces import Halt, NativePieces, Piece, native_call
 
 MAX_RETRIES = 2
 RETRIED_ERRNOS = frozenset({errno.EIO, errno.EAGAIN})
@@ -24,23 +25,18 @@ FIRST_BACKOFF_S = 0.01
 LARGE_PAGE = 2 << 20
 
 
-def split_extents(extents: Sequence[Extent], piece_bytes: int) -> list[Extent]:
-    """Cut extents at multiples of BLOCK_ALIGN in the file, into pieces of at most `piece_bytes`."""
-    pieces = []
-    for extent in extents:
-        done = 0
-        while done < extent.length:
-            start = extent.offset + done
-            length = min(piece_bytes - start % BLOCK_ALIGN, extent.length - done)
-            pieces.append(Extent(extent.file, start, length, extent.slot_offset + done))
-            done += length
-    return pieces
-
-
 @dataclass(frozen=True, slots=True)
 class _OpenFile:
     buffered: int
     direct: int | None
+
+
+@dataclass(slots=True)
+class ReadPlan:
+    """The pieces of one expert for one reader, which adds what its native call takes."""
+
+    pieces: Sequence[Piece]
+    native: NativePieces | None = field(default=None, init=False)
 
 
 class FileReader:
@@ -57,32 +53,63 @@ class FileReader:
         self._lock = threading.Lock()
         self._files: dict[Path, _OpenFile] = {}
 
-    def read(self, piece: Extent, target: memoryview, *, bounce: memoryview) -> None:
-        """Fill `target` with the piece's bytes; blocks on the disk.
+    def read_run(
+        self, plan: ReadPlan, run: range, *, slot: memoryview, bounce: memoryview, halt: Halt
+    ) -> int:
+        """Read a run of a plan's pieces into the block of a slot; blocks on the disk.
 
-        `bounce` is a page-aligned buffer of the calling thread, at least the piece's length plus
-        two blocks. A piece goes straight into `target` if it is aligned to BLOCK_ALIGN in the
-        file and in the slot. Raises TransferError naming file and offset: if the file cannot be
-        opened, ends early, or still fails after MAX_RETRIES.
+        Returns how many were read: all, or those before `halt` was seen to be set. `bounce` is a
+        page-aligned buffer of the calling thread, at least the longest piece plus two blocks.
+        Raises TransferError naming file and offset: if a file cannot be opened, ends early, or
+        still fails after MAX_RETRIES. Files stay open from the first read on.
+        """
+        at = run.start
+        native = plan.native or self._native(plan)
+        while at < run.stop and not halt.value:
+            if native is not None:
+                count, is_broken = native.read(
+                    range(at, run.stop), slot=slot, bounce=bounce, halt=halt
+                )
+                at += count
+                if not is_broken:
+                    continue
+            # One by one, and again: what did not come whole, or all where there is no native call.
+            self.read(plan.pieces[at], slot, bounce=bounce)
+            at += 1
+        return at - run.start
+
+    def _native(self, plan: ReadPlan) -> NativePieces | None:
+        call = native_call()
+        if call is None:
+            return None
+        try:
+            opened = [self._open(piece.file) for piece in plan.pieces]
+        except OSError:
+            return None  # whoever reads that piece says so
+        descriptors = [(-1 if one.direct is None else one.direct, one.buffered) for one in opened]
+        plan.native = NativePieces(call, plan.pieces, descriptors)
+        return plan.native
+
+    def read(self, piece: Piece, slot: memoryview, *, bounce: memoryview) -> None:
+        """Read one piece into the block of a slot, with retries; else as `read_run`.
+
+        It goes straight there if it is one part, aligned to BLOCK_ALIGN in the file and in the slot
+        where reads are direct.
         """
         try:
             opened = self._open(piece.file)
             skip = piece.offset % BLOCK_ALIGN
-            is_straight = not (
-                skip or piece.length % BLOCK_ALIGN or piece.slot_offset % BLOCK_ALIGN
-            )
-            if opened.direct is None or is_straight:
+            start, length = piece.parts[0]
+            is_aligned = not (skip or piece.length % BLOCK_ALIGN or start % BLOCK_ALIGN)
+            if len(piece.parts) == 1 and (opened.direct is None or is_aligned):
+                target = slot[start : start + length]
                 got = self._fill(opened, target, piece.offset, num_wanted=piece.length)
             else:
                 window = bounce[: align_up(skip + piece.length, BLOCK_ALIGN)]
                 wanted = skip + piece.length
                 got = self._fill(opened, window, piece.offset - skip, num_wanted=wanted) - skip
                 if got >= piece.length:
-                    # numpy copies without the interpreter lock, a memoryview would hold it.
-                    np.copyto(
-                        np.frombuffer(target, np.uint8),
-                        np.frombuffer(window, np.uint8)[skip:wanted],
-                    )
+                    _scatter(window[skip:wanted], slot, piece.parts)
         except OSError as error:
             raise TransferError(
                 f"{piece.file}: reading {piece.length} bytes at offset {piece.offset} failed: "
@@ -165,6 +192,14 @@ class FileReader:
                 if opened.direct is not None:
                     os.close(opened.direct)
             self._files.clear()
+
+
+def _scatter(window: memoryview, slot: memoryview, parts: Sequence[tuple[int, int]]) -> None:
+    # numpy copies without the interpreter lock, a memoryview would hold it.
+    source, target, done = np.frombuffer(window, np.uint8), np.frombuffer(slot, np.uint8), 0
+    for start, length in parts:
+        np.copyto(target[start : start + length], source[done : done + length])
+        done += length
 
 
 def bounce_buffer(piece_bytes: int) -> memoryview:

@@ -8,7 +8,8 @@ import math
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -17,13 +18,20 @@ import xxhash
 from ...collect.schema import ExpertKey
 from ..errors import TransferError
 from .cache import Kind, Slot
-from .layout import BLOCK_ALIGN, ExpertLayout, ExpertSource, Extent
-from .reader import FileReader, bounce_buffer, split_extents
+from .layout import BLOCK_ALIGN, ExpertLayout, ExpertSource
+from .pieces import Halt, split_extents
+from .reader import FileReader, ReadPlan, bounce_buffer
 
 logger = logging.getLogger(__name__)
 
 PIECE_BYTES = 1 << 20
 """A read of 1 MiB reaches a local disk's full rate; a miss waits for at most one of them."""
+
+MAX_RUN = 4
+"""Pieces that a thread reads without asking what else there is to do: 4 ms of a disk."""
+
+MAX_PLANS = 1024
+"""Experts of which the pieces are remembered: a few KiB each."""
 
 
 class Transfer(Protocol):
@@ -145,11 +153,26 @@ class _Copy:
         self.engine = engine
         self.layout: ExpertLayout | None = None
         self.target = memoryview(b"")
-        self.pieces: deque[Extent] = deque()
+        self.plan = ReadPlan(())
+        # Pieces that nobody reads yet, by their place in the plan.
+        self.pending: deque[range] = deque()
         self.num_reading = 0
         self.is_started = False
         self.error: TransferError | None = None
         self.finished = threading.Event()
+
+    def take(self, num_sharers: int) -> range:
+        """The next pieces for one of several threads that share what is left."""
+        num_left = sum(map(len, self.pending))
+        first = self.pending.popleft()
+        count = min(-(-num_left // num_sharers), MAX_RUN)
+        if count < len(first):
+            self.pending.appendleft(first[count:])
+        return first[:count]
+
+    def size(self, pieces: Iterable[int]) -> int:
+        """Bytes of these pieces."""
+        return sum(self.plan.pieces[index].length for index in pieces)
 
     def done(self) -> bool:
         return self.finished.is_set()
@@ -166,7 +189,8 @@ class _Copy:
 class ThreadTransfer:
     """Reads experts from disk into the slots of a CPU arena with `num_threads` copy threads.
 
-    Several threads share the pieces of one copy. `direct` as in FileReader. `verify` checks each
+    Several threads share the pieces of one copy, in runs; one of a prefetch ends before its next
+    piece when a miss comes. `direct` as in FileReader. `verify` checks each
     copy against the source's checksum where it has one. A copy thread that dies fails the copy it
     was reading and sets `degraded`; when none is left, on-demand copies run in `submit` and
     prefetches fail. `close` waits for reads that are under way.
@@ -195,11 +219,14 @@ class ThreadTransfer:
         self._stopping = threading.Event()
         self._reader = FileReader(direct=direct, stopping=self._stopping)
         self._changed = threading.Condition()
+        # Ends runs of pieces early: those of prefetches where misses wait, all when closing.
+        self._halt, self._halt_prefetch = Halt(0), Halt(0)
         self._on_demand: OrderedDict[_Copy, None] = OrderedDict()
         self._prefetch: OrderedDict[_Copy, None] = OrderedDict()
         self._meter = BandwidthMeter()
         self._outstanding_bytes = 0
-        self._num_alive = num_threads
+        self._describe = lru_cache(MAX_PLANS)(self._described)
+        self._num_sharers = self._num_alive = num_threads
         self._threads = [
             threading.Thread(target=self._work, name=f"outrider-copy-{index}", daemon=True)
             for index in range(num_threads)
@@ -210,13 +237,10 @@ class ThreadTransfer:
     def submit(self, key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
         copy = _Copy(self, key, slot, kind=kind)
         try:
-            layout = self._source.layout(key)
             copy.target = self._arena.block(slot)
-            copy.pieces.extend(split_extents(layout.extents, self._piece_bytes))
-            if not copy.pieces:
-                raise ValueError("its layout has no extents")
-            copy.layout = layout
-            copy.nbytes = layout.bytes_read
+            copy.layout, copy.plan = self._describe(key)
+            copy.pending.append(range(len(copy.plan.pieces)))
+            copy.nbytes = copy.layout.bytes_read
         except Exception as error:
             copy.error = TransferError(f"expert {key} has no bytes to copy: {error!r}")
         with self._changed:
@@ -229,7 +253,8 @@ class ThreadTransfer:
             elif copy.error is None and not must_run_here:
                 queue = self._on_demand if kind is Kind.ON_DEMAND else self._prefetch
                 queue[copy] = None
-                self._changed.notify_all()
+                self._hurry()
+                self._changed.notify(len(copy.plan.pieces))
                 return copy
         if must_run_here and copy.error is None:
             self._run_here(copy)
@@ -241,6 +266,7 @@ class ThreadTransfer:
             if isinstance(transfer, _Copy) and transfer in self._prefetch:
                 del self._prefetch[transfer]
                 self._on_demand[transfer] = None
+                self._hurry()
 
     def used(self, slots: Sequence[Slot]) -> None:
         """Nothing: the CPU has computed by the time that it tells."""
@@ -256,6 +282,7 @@ class ThreadTransfer:
     def close(self) -> None:
         with self._changed:
             self._stopping.set()
+            self._halt.value = self._halt_prefetch.value = 1
             self._fail_queued("the transfer engine was closed")
             self._changed.notify_all()
         for thread in self._threads:
@@ -287,29 +314,48 @@ class ThreadTransfer:
                 if not self._num_alive:
                     self._fail_queued("the last copy thread died")
 
-    def _take(self) -> tuple[_Copy, Extent] | None:
+    def _described(self, key: ExpertKey) -> tuple[ExpertLayout, ReadPlan]:
+        layout = self._source.layout(key)
+        pieces = split_extents(layout.extents, self._piece_bytes)
+        if not pieces:
+            raise ValueError("its layout has no extents")
+        return layout, ReadPlan(pieces)
+
+    def _hurry(self) -> None:
+        """Runs of prefetches end early exactly while a miss has pieces that nobody reads."""
+        is_urgent = any(copy.pending for copy in self._on_demand)
+        self._halt_prefetch.value = is_urgent or self._stopping.is_set()
+
+    def _take(self) -> tuple[_Copy, range, Halt] | None:
         with self._changed:
             while True:
-                queue = self._on_demand or self._prefetch
-                if queue:
-                    copy = next(iter(queue))
-                    piece = copy.pieces.popleft()
-                    if not copy.pieces:
-                        del queue[copy]
-                    copy.is_started = True
-                    copy.num_reading += 1
-                    self._meter.start()
-                    return copy, piece
+                for queue, halt in (
+                    (self._on_demand, self._halt),
+                    (self._prefetch, self._halt_prefetch),
+                ):
+                    copy = next((copy for copy in queue if copy.pending), None)
+                    if copy is not None:
+                        return copy, self._start(copy), halt
                 if self._stopping.is_set():
                     return None
                 self._changed.wait()
 
-    def _read(self, copy: _Copy, piece: Extent, bounce: memoryview) -> None:
-        """Read one piece; whoever ends the last piece of a copy ends the copy."""
+    def _start(self, copy: _Copy) -> range:
+        run = copy.take(self._num_sharers)
+        copy.is_started = True
+        copy.num_reading += 1
+        self._meter.start()
+        self._hurry()
+        return run
+
+    def _read(self, copy: _Copy, run: range, halt: Halt, bounce: memoryview) -> None:
+        """Read a run of pieces; whoever ends the last one of a copy ends the copy."""
         problem: str | None = "the copy thread died"
+        count = 0
         try:
-            target = copy.target[piece.slot_offset : piece.slot_offset + piece.length]
-            self._reader.read(piece, target, bounce=bounce)
+            count = self._reader.read_run(
+                copy.plan, run, slot=copy.target, bounce=bounce, halt=halt
+            )
             problem = None
         except Exception as error:
             problem = str(error) if isinstance(error, TransferError) else repr(error)
@@ -319,14 +365,30 @@ class ThreadTransfer:
             raise
         finally:
             with self._changed:
-                self._meter.stop(0 if problem else piece.length)
-                copy.num_reading -= 1
-                self._outstanding_bytes -= piece.length
-                if problem:
-                    self._drop(copy, problem)
-                is_last = not copy.pieces and not copy.num_reading
+                is_last = self._ended(copy, run, count, problem)
             if is_last:
                 self._finish(copy)
+
+    def _ended(self, copy: _Copy, run: range, count: int, problem: str | None) -> bool:
+        """`count` pieces of a run were read; true if nobody reads the copy any more. The lock is
+        held."""
+        self._meter.stop(copy.size(run[:count]))
+        copy.num_reading -= 1
+        self._outstanding_bytes -= copy.size(run[:count])
+        if count < len(run):
+            copy.pending.appendleft(run[count:])
+            if self._stopping.is_set():
+                problem = problem or "the transfer engine was closed"
+        if problem or copy.error is not None:
+            self._drop(copy, problem or "")
+        is_last = not copy.pending and not copy.num_reading
+        if is_last:
+            self._on_demand.pop(copy, None)
+            self._prefetch.pop(copy, None)
+        elif copy.pending:
+            self._hurry()
+            self._changed.notify()
+        return is_last
 
     def _finish(self, copy: _Copy) -> None:
         try:
@@ -353,12 +415,10 @@ class ThreadTransfer:
 
     def _run_here(self, copy: _Copy) -> None:
         bounce = bounce_buffer(self._piece_bytes)
-        while copy.pieces:
+        while copy.pending:
             with self._changed:
-                piece = copy.pieces.popleft()
-                copy.num_reading += 1
-                self._meter.start()
-            self._read(copy, piece, bounce)
+                run = self._start(copy)
+            self._read(copy, run, self._halt, bounce)
 
     def _cancel(self, copy: _Copy) -> bool:
         with self._changed:
@@ -374,11 +434,13 @@ class ThreadTransfer:
             copy.error = TransferError(f"expert {copy.key}: {problem}")
         self._on_demand.pop(copy, None)
         self._prefetch.pop(copy, None)
-        self._outstanding_bytes -= sum(piece.length for piece in copy.pieces)
-        copy.pieces.clear()
+        self._outstanding_bytes -= sum(map(copy.size, copy.pending))
+        copy.pending.clear()
+        self._hurry()
 
     def _fail_queued(self, problem: str) -> None:
         for copy in [*self._on_demand, *self._prefetch]:
-            self._drop(copy, problem)
-            if not copy.num_reading:
-                copy.finished.set()
+            if copy.pending:
+                self._drop(copy, problem)
+                if not copy.num_reading:
+                    copy.finished.set()

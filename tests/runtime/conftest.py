@@ -22,3 +22,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     torch.set_num_threads(1)
     return engines.Models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def python_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces are read one by one through os.preadv, as where the native call was not built."""
+    from outrider.runtime.experts import reader
+
+    monkeypatch.setattr(reader, "native_call", lambda: None)

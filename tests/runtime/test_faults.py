@@ -70,7 +70,11 @@ class ThreadDeath(BaseException):
 
 @pytest.mark.parametrize("num_deaths", [1, 2])
 def test_fault_28_copy_threads_that_die_cost_speed_only(
-    models: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch, num_deaths: int
+    models: Any,
+    expected: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    python_reads: None,
+    num_deaths: int,
 ) -> None:
     # Two threads copy: after the second death misses are read where they are asked for.
     preadv, deaths = os.preadv, []
@@ -128,7 +132,7 @@ def test_fault_29_a_slow_predictor_is_asked_no_more(models: Any) -> None:
 
 
 def test_fault_30_a_copy_that_is_late_is_waited_for(
-    models: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch
+    models: Any, expected: list[int], monkeypatch: pytest.MonkeyPatch, python_reads: None
 ) -> None:
     preadv = os.preadv
 

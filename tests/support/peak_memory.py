@@ -42,13 +42,14 @@ def grown_by(arguments: list[str], *, since: int) -> int:
 def leak() -> None:
     from outrider.runtime.experts.reader import FileReader
 
-    kept, read = [], FileReader.read
+    kept, read = [], FileReader.read_run
 
-    def leaking(self, extent, target, **options):
-        read(self, extent, target, **options)
-        kept.append(bytes(target))
+    def leaking(self, plan, run, *, slot, **options):
+        count = read(self, plan, run, slot=slot, **options)
+        kept.append(bytes(slot))
+        return count
 
-    FileReader.read = leaking
+    FileReader.read_run = leaking
 
 
 def main() -> None:

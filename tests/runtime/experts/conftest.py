@@ -50,7 +50,7 @@ class Gate:
 
 
 @pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+def disk(monkeypatch: pytest.MonkeyPatch, python_reads: None) -> Disk:
     disk = Disk(os.preadv)
     monkeypatch.setattr(os, "preadv", disk)
     return disk

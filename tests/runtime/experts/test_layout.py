@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -16,7 +17,7 @@ from outrider.runtime.experts.layout import (
     TensorView,
     block_views,
 )
-from outrider.runtime.experts.reader import split_extents
+from outrider.runtime.experts.pieces import split_extents
 from outrider.runtime.testing import write_experts
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int8, torch.uint8]
@@ -104,20 +105,29 @@ def test_pieces_cover_each_byte_once_and_meet_on_blocks(
         extents.append(Extent(Path("file"), offset, length, slot_offset))
         slot_offset += length
     pieces = split_extents(extents, piece_bytes)
-    following = iter(pieces)
-    for extent in extents:
-        done = 0
-        while done < extent.length:
-            piece = next(following)
-            assert (piece.offset, piece.slot_offset) == (
-                extent.offset + done,
-                extent.slot_offset + done,
-            )
-            assert 0 < piece.length <= piece_bytes
-            done += piece.length
-            assert done == extent.length or (piece.offset + piece.length) % BLOCK_ALIGN == 0
-        assert done == extent.length
-    assert next(following, None) is None
+    places = np.full(slot_offset, -1)
+    for piece in pieces:
+        assert piece.length <= piece_bytes
+        assert piece.length == sum(length for _, length in piece.parts) > 0
+        position = piece.offset
+        for start, length in piece.parts:
+            assert (places[start : start + length] == -1).all(), "a byte is read twice"
+            places[start : start + length] = np.arange(position, position + length)
+            position += length
+    expected = [np.arange(one.offset, one.offset + one.length) for one in extents]
+    assert np.array_equal(places, np.concatenate(expected))
+    begins = {extent.offset for extent in extents}
+    assert all(piece.offset % BLOCK_ALIGN == 0 or piece.offset in begins for piece in pieces)
+
+
+def test_extents_that_lie_side_by_side_are_read_as_one() -> None:
+    # Down, gate and up in the file, as names are sorted; gate, up and down in the slot.
+    gate, up = Extent(Path("a"), 2600, 100, 0), Extent(Path("a"), 2700, 100, 100)
+    down, other = Extent(Path("a"), 2500, 100, 200), Extent(Path("b"), 2800, 100, 300)
+    first, last = split_extents([gate, up, down, other], 1 << 20)
+    assert (first.file, first.offset, first.length) == (Path("a"), 2500, 300)
+    assert first.parts == ((200, 100), (0, 100), (100, 100))
+    assert (last.file, last.offset, last.parts) == (Path("b"), 2800, ((300, 100),))
 
 
 @pytest.mark.parametrize("is_packed", [True, False])

@@ -49,7 +49,11 @@ def test_faults_of_the_operating_system_are_survived(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "checkpoint"])
 @pytest.mark.parametrize("num_slots", [1, 3, 6])
 def test_a_reader_never_sees_a_half_written_slot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_slots: int, is_packed: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    python_reads: None,
+    num_slots: int,
+    is_packed: bool,
 ) -> None:
     generator = random.Random(num_slots)
     source = write_experts(tmp_path, SHAPE, is_packed=is_packed)
