@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from ..collect.schema import ExpertKey
 from ..runtime.errors import TransferError
 from ..runtime.experts.cache import Kind, Slot
-from ..runtime.experts.transfer import PIECE_BYTES, Transfer
+from ..runtime.experts.thread_transfer import PIECE_BYTES
+from ..runtime.experts.transfer import Transfer
 from ..runtime.testing import VirtualClock
 
 

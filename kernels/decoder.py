@@ -292,6 +292,37 @@ def token_experts(
     return out
 
 
+def token_outputs(
+    hidden_states: Tensor,
+    slots: Sequence[int],
+    rows: Sequence[int],
+    experts: ExpertWeights,
+    *,
+    out: Tensor,
+    way: Way,
+) -> None:
+    """Some of one token's experts: write `out[rows[i]]` for the one in `slots[i]`, unweighted.
+
+    hidden_states [1, H] and out [R, H] contiguous, of one dtype. The bits are those of
+    `expert_mlp.expert_outputs`. Raises NativeArgumentError for a slot or row that is not there.
+    """
+    count = len(slots)
+    native.check_status(
+        _library().outrider_token_outputs(
+            ctypes.byref(native.experts_of(experts)),
+            hidden_states.data_ptr(),
+            (ctypes.c_int64 * count)(*slots),
+            (ctypes.c_int64 * count)(*rows),
+            count,
+            out.shape[0],
+            DTYPE_IDS[hidden_states.dtype],
+            way,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+    )
+
+
 def _matrix(projection: Projection) -> Matrix:
     return native.matrix_of(
         projection.parts, projection.shape, fmt=projection.fmt, bias=projection.bias

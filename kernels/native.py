@@ -134,6 +134,9 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     lib.outrider_forecast_layers.argtypes = [pointer] * 8 + [narrow]
     lib.outrider_forecast_token.argtypes = [pointer] * 6 + [wide] * 3 + [narrow]
+    lib.outrider_token_outputs.argtypes = (
+        [pointer] * 4 + [wide] * 2 + [narrow] * 2 + [pointer, narrow]
+    )
     return lib
 
 

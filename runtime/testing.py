@@ -13,7 +13,8 @@ from ..collect.schema import ExpertKey, ModelShape
 from .errors import TransferError
 from .experts.cache import Kind, Slot
 from .experts.layout import BLOCK_ALIGN, ExpertLayout, ExpertSource, Extent, TensorView, block_views
-from .experts.transfer import SlotBlocks, Transfer
+from .experts.thread_transfer import SlotBlocks
+from .experts.transfer import Transfer
 
 if TYPE_CHECKING:
     import torch

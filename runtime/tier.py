@@ -29,8 +29,9 @@ from .experts.prefetcher import Mode, Prefetcher
 from .experts.slots import SlotArena
 from .experts.store import ExpertStore
 from .experts.store_cache import store_for
+from .experts.thread_transfer import ThreadTransfer
 from .experts.tiered import MIN_HOST_SLOTS, Link, TieredTransfer
-from .experts.transfer import ThreadTransfer, TransferEngine
+from .experts.transfer import TransferEngine
 from .host_misses import HostMisses
 from .models import adapter
 from .models.loading import LoadedModel

@@ -13,7 +13,7 @@ from ...collect.schema import ExpertKey
 from ...predictors.base import Predictor
 from ...runtime.experts.pieces import Halt, split_extents
 from ...runtime.experts.reader import ReadPlan
-from ...runtime.experts.transfer import PIECE_BYTES
+from ...runtime.experts.thread_transfer import PIECE_BYTES
 from ...runtime.models import adapter
 from ...runtime.request import GenerationRequest
 from ..arm import EngineArm, FollowingSampler

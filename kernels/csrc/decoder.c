@@ -135,6 +135,22 @@ int outrider_gated_mlp(const Mlp *mlp, const uint8_t *x, int64_t num_rows, uint8
     return status;
 }
 
+/* out[rows[i]] [hidden] = the output of the expert in slots[i] for the one token x, unweighted; `out` has
+   num_rows rows, and without `rows` it is out[i]. */
+int outrider_token_outputs(const Experts *experts, const uint8_t *x, const int64_t *slots,
+                           const int64_t *rows, int64_t count, int64_t num_rows, int32_t format,
+                           int32_t way, uint8_t *out, int32_t num_threads) {
+    int64_t *token_idx = calloc((size_t)count, sizeof *token_idx);
+    if (!token_idx) return NO_MEMORY;
+    Inputs in = {.x = x, .out = out, .token_idx = token_idx, .slot_ids = slots, .out_rows = rows,
+                 .num_tokens = 1, .num_assignments = count, .num_out_rows = num_rows,
+                 .format = format, .token_idx_wide = 1, .slot_ids_wide = 1, .out_rows_wide = 1,
+                 .way = way};
+    int status = outrider_expert_outputs(experts, &in, num_threads);
+    free(token_idx);
+    return status;
+}
+
 /* out [hidden] = the sum, in the order given, of one token's experts in `slots` times `weights`; the
    same bits as the outputs of those slots and their combine by ascending expert, where that is it. */
 int outrider_token_experts(const Experts *experts, const uint8_t *x, const int64_t *slots,
@@ -142,18 +158,12 @@ int outrider_token_experts(const Experts *experts, const uint8_t *x, const int64
                            int32_t num_threads) {
     int64_t hidden = experts->down.n, width = width_of(format);
     size_t size = (size_t)(top_k * hidden * width);
-    int64_t *indices = malloc(2 * (size_t)top_k * sizeof *indices + size);
+    int64_t *indices = malloc((size_t)top_k * sizeof *indices + size);
     if (!indices) return NO_MEMORY;
-    int64_t *token_idx = indices + top_k;
-    uint8_t *outputs = (uint8_t *)(token_idx + top_k);
-    for (int64_t i = 0; i < top_k; i++) {
-        indices[i] = i;
-        token_idx[i] = 0;
-    }
-    Inputs in = {.x = x, .out = outputs, .token_idx = token_idx, .slot_ids = slots,
-                 .num_tokens = 1, .num_assignments = top_k, .num_out_rows = top_k,
-                 .format = format, .token_idx_wide = 1, .slot_ids_wide = 1};
-    int status = outrider_expert_outputs(experts, &in, num_threads);
+    uint8_t *outputs = (uint8_t *)(indices + top_k);
+    for (int64_t i = 0; i < top_k; i++) indices[i] = i;
+    int status = outrider_token_outputs(experts, x, slots, NULL, top_k, top_k, format, BY_COUNT, outputs,
+                                        num_threads);
     if (!status) status = outrider_combine(outputs, weights, indices, 1, top_k, hidden, format, out);
     free(indices);
     return status;

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import native, quantization
-from ...kernels.decoder import token_experts
+from ...kernels.decoder import token_experts, token_outputs
 from ...kernels.expert_mlp import expert_outputs
 from ...kernels.ways import ways
 from ...kernels.weights import ExpertWeights
@@ -80,13 +80,20 @@ class KernelArithmetic:
         num_streamed: int | None = None,
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is not asked."""
+        num_rows = hidden_states.shape[0]
+        if num_rows == 1 and self._sums_tokens and hidden_states.is_contiguous():
+            # What stands around a token's call otherwise takes as long as small experts do.
+            ((_, _, way),) = ways(1, num_streamed)
+            positions = [int(row[0]) for row in rows]
+            token_outputs(hidden_states, slots, positions, self._weights, out=out, way=way)
+            return
         # In numpy, since each op of torch on a handful of indices costs ten times as much.
         positions = np.concatenate(rows)
         slot_ids = np.repeat(np.asarray(slots), [len(one) for one in rows])
         token_idx = positions // top_k
-        for begin, count, way in ways(hidden_states.shape[0], num_streamed):
+        for begin, count, way in ways(num_rows, num_streamed):
             chosen: Any = slice(None)
-            if count < hidden_states.shape[0]:
+            if count < num_rows:
                 chosen = (token_idx >= begin) & (token_idx < begin + count)
             some = [
                 torch.from_numpy(one[chosen]).to(hidden_states.device)

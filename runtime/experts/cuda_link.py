@@ -12,7 +12,7 @@ import torch
 from ..errors import DeviceLostError
 from .cache import Kind, Slot
 from .slots import SlotArena
-from .transfer import PIECE_BYTES
+from .thread_transfer import PIECE_BYTES
 
 URGENT_PRIORITY = -1
 """Lower is more urgent; a device without priorities takes it for 0."""

@@ -16,7 +16,7 @@ from engines import prompt_of
 
 from outrider.runtime import ChatMessage, Engine, GenerationRequest, SamplingParams
 from outrider.runtime.errors import OutriderError, TransferError, UsageError
-from outrider.runtime.experts.transfer import ThreadTransfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
 
 FAMILY = "qwen2_moe"
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)

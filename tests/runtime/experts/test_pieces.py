@@ -21,7 +21,7 @@ from outrider.runtime.experts.memory import map_memory
 from outrider.runtime.experts.pieces import Halt, native_call, split_extents
 from outrider.runtime.experts.reader import FileReader, ReadPlan, bounce_buffer
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.transfer import ThreadTransfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
 from outrider.runtime.testing import SyntheticExperts
 
 KEYS = [ExpertKey(0, expert_idx) for expert_idx in range(6)]

@@ -13,7 +13,7 @@ from outrider.collect.schema import ExpertKey
 from outrider.runtime.errors import TransferError
 from outrider.runtime.experts.cache import Kind
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.transfer import ThreadTransfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
 from outrider.runtime.testing import SyntheticExperts
 
 KEYS = [ExpertKey(0, expert_idx) for expert_idx in range(6)]

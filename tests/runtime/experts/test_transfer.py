@@ -12,7 +12,8 @@ from outrider.collect.schema import ExpertKey
 from outrider.runtime.errors import TransferError
 from outrider.runtime.experts.cache import Kind
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.transfer import BandwidthMeter, ThreadTransfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
+from outrider.runtime.experts.transfer import BandwidthMeter
 from outrider.runtime.testing import SyntheticExperts, VirtualClock
 
 KEYS = [ExpertKey(0, expert_idx) for expert_idx in range(6)]
@@ -124,8 +125,10 @@ def test_a_dead_copy_thread_hangs_no_waiter_and_the_others_go_on(
 ) -> None:
     with ThreadTransfer(packed, arena, num_threads=2, piece_bytes=1 << 20) as engine:
         engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
-        disk.answer = die
+        gate = disk.answer = disk.gate(die)
         lost = engine.submit(KEYS[1], 1, Kind.ON_DEMAND)
+        assert gate.arrived.acquire(timeout=20)
+        gate.allowed.release()
         with pytest.raises(TransferError, match="thread died"):
             lost.wait()
         disk.answer = disk.preadv
@@ -152,6 +155,91 @@ def test_without_copy_threads_misses_still_load_and_prefetches_fail(
         with pytest.raises(TransferError, match="no copy thread"):
             engine.submit(KEYS[3], 3, Kind.PREFETCH).wait()
         assert engine.degraded and engine.outstanding_bytes() == 0
+
+
+def test_a_small_miss_that_no_thread_has_begun_is_read_by_whoever_waits(
+    disk: Any, packed: SyntheticExperts, arena: SlotArena
+) -> None:
+    readers: list[tuple[int, str]] = []
+
+    with ThreadTransfer(packed, arena, num_threads=1, direct=False) as engine:
+        gate = disk.gate()
+
+        def answer(fd: int, buffers: list[memoryview], offset: int) -> int:
+            name = threading.current_thread().name
+            readers.append((offset, name))
+            is_copy_thread = name.startswith("outrider-copy")
+            return (gate if is_copy_thread else disk.preadv)(fd, buffers, offset)
+
+        disk.answer = answer
+        ahead = engine.submit(KEYS[0], 0, Kind.PREFETCH)
+        assert gate.arrived.acquire(timeout=20)
+        needed = [engine.submit(KEYS[slot], slot, Kind.ON_DEMAND) for slot in (1, 2)]
+        late = engine.submit(KEYS[3], 3, Kind.PREFETCH)
+        engine.promote(late)
+        for transfer in (*needed, late):
+            transfer.wait()
+        assert not ahead.done() and engine.outstanding_bytes() == packed.nbytes
+        gate.allowed.release()
+        ahead.wait()
+    here = threading.current_thread().name
+    offsets = [packed.layout(key).extents[0].offset for key in KEYS]
+    assert readers[1:] == [(offset, here) for offset in offsets[1:4]]
+    assert all(packed.is_held(KEYS[slot], arena, slot) for slot in range(4))
+
+
+def test_an_interrupt_while_the_caller_reads_leaves_the_copy_to_the_next_wait(
+    disk: Any, packed: SyntheticExperts, arena: SlotArena
+) -> None:
+    with ThreadTransfer(packed, arena, num_threads=1, direct=False) as engine:
+        gate = disk.answer = disk.gate()
+        busy = engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
+        assert gate.arrived.acquire(timeout=20)
+
+        def interrupted(fd: int, buffers: list[memoryview], offset: int) -> int:
+            raise KeyboardInterrupt
+
+        disk.answer = interrupted
+        copies = [engine.submit(KEYS[slot], slot, Kind.ON_DEMAND) for slot in (1, 2)]
+        with pytest.raises(KeyboardInterrupt):
+            copies[0].wait()
+        assert not copies[0].done() and not copies[0].cancel(), "it was started"
+        disk.answer = disk.preadv
+        assert copies[1].cancel()
+        copies[0].wait()
+        gate.allowed.release()
+        busy.wait()
+        assert not engine.degraded and engine.outstanding_bytes() == 0
+    assert packed.is_held(KEYS[1], arena, 1) and packed.is_held(KEYS[0], arena, 0)
+
+
+@pytest.mark.parametrize("ending", ["closed", "broken"])
+def test_what_the_caller_cannot_read_fails_in_wait(
+    disk: Any, packed: SyntheticExperts, arena: SlotArena, ending: str
+) -> None:
+    engine = ThreadTransfer(packed, arena, num_threads=1, direct=False)
+    gate = disk.answer = disk.gate()
+    busy = engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
+    assert gate.arrived.acquire(timeout=20)
+    wrong = KeyboardInterrupt() if ending == "closed" else OSError(errno.ENXIO, "gone")
+
+    def failing(fd: int, buffers: list[memoryview], offset: int) -> int:
+        raise wrong
+
+    disk.answer = failing
+    copy = engine.submit(KEYS[1], 1, Kind.ON_DEMAND)
+    if ending == "closed":
+        with pytest.raises(KeyboardInterrupt):
+            copy.wait()
+    else:
+        with pytest.raises(TransferError, match="gone"):
+            copy.wait()
+    gate.allowed.release()
+    busy.wait()
+    engine.close()
+    with pytest.raises(TransferError, match=ending if ending == "closed" else "gone"):
+        copy.wait()
+    assert bytes(arena.block(1)) == b"\xff" * packed.nbytes
 
 
 def open_files() -> set[str]:

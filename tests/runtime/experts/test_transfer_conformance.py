@@ -12,8 +12,9 @@ from outrider.runtime.experts.cache import ExpertCache, Kind
 from outrider.runtime.experts.cuda_link import CudaLink
 from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.slots import SlotArena
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
 from outrider.runtime.experts.tiered import Link, TieredTransfer
-from outrider.runtime.experts.transfer import ThreadTransfer, TransferEngine
+from outrider.runtime.experts.transfer import TransferEngine
 from outrider.runtime.testing import InstantLink, ManualTransfer, SyntheticExperts, write_experts
 
 SHAPE = ModelShape(

@@ -18,7 +18,8 @@ from outrider.runtime.errors import TransferError
 from outrider.runtime.experts.cache import ExpertCache, Kind, SlotState
 from outrider.runtime.experts.eviction import LruEviction
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.transfer import ThreadTransfer, Transfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
+from outrider.runtime.experts.transfer import Transfer
 from outrider.runtime.testing import write_experts
 
 HERE = Path(__file__).parent

@@ -12,7 +12,7 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.errors import TransferError
 from outrider.runtime.experts.cache import Kind
 from outrider.runtime.experts.slots import SlotArena
-from outrider.runtime.experts.transfer import ThreadTransfer
+from outrider.runtime.experts.thread_transfer import ThreadTransfer
 from outrider.runtime.testing import write_experts
 
 
