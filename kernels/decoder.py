@@ -308,7 +308,7 @@ def token_outputs(
     """
     count = len(slots)
     native.check_status(
-        _library().outrider_token_outputs(
+        _library().outrider_token_rows(
             ctypes.byref(native.experts_of(experts)),
             hidden_states.data_ptr(),
             (ctypes.c_int64 * count)(*slots),

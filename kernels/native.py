@@ -122,8 +122,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, narrow, pointer]
     lib.outrider_read.argtypes = [pointer, wide, narrow]
     lib.outrider_read.restype = ctypes.c_float
-    lib.outrider_use_fork.argtypes = [pointer, pointer]
-    lib.outrider_use_fork.restype = None
+    lib.outrider_use_fork.argtypes, lib.outrider_use_fork.restype = [pointer, pointer], None
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
     lib.outrider_has_bf16_products.argtypes = [narrow]
@@ -134,9 +133,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     lib.outrider_forecast_layers.argtypes = [pointer] * 8 + [narrow]
     lib.outrider_forecast_token.argtypes = [pointer] * 6 + [wide] * 3 + [narrow]
-    lib.outrider_token_outputs.argtypes = (
-        [pointer] * 4 + [wide] * 2 + [narrow] * 2 + [pointer, narrow]
-    )
+    lib.outrider_token_rows.argtypes = [pointer] * 4 + [wide, wide, narrow, narrow, pointer, narrow]
     return lib
 
 

@@ -137,7 +137,7 @@ int outrider_gated_mlp(const Mlp *mlp, const uint8_t *x, int64_t num_rows, uint8
 
 /* out[rows[i]] [hidden] = the output of the expert in slots[i] for the one token x, unweighted; `out` has
    num_rows rows, and without `rows` it is out[i]. */
-int outrider_token_outputs(const Experts *experts, const uint8_t *x, const int64_t *slots,
+int outrider_token_rows(const Experts *experts, const uint8_t *x, const int64_t *slots,
                            const int64_t *rows, int64_t count, int64_t num_rows, int32_t format,
                            int32_t way, uint8_t *out, int32_t num_threads) {
     int64_t *token_idx = calloc((size_t)count, sizeof *token_idx);
@@ -162,7 +162,7 @@ int outrider_token_experts(const Experts *experts, const uint8_t *x, const int64
     if (!indices) return NO_MEMORY;
     uint8_t *outputs = (uint8_t *)(indices + top_k);
     for (int64_t i = 0; i < top_k; i++) indices[i] = i;
-    int status = outrider_token_outputs(experts, x, slots, NULL, top_k, top_k, format, BY_COUNT, outputs,
+    int status = outrider_token_rows(experts, x, slots, NULL, top_k, top_k, format, BY_COUNT, outputs,
                                         num_threads);
     if (!status) status = outrider_combine(outputs, weights, indices, 1, top_k, hidden, format, out);
     free(indices);
