@@ -239,7 +239,6 @@ class Stats(Message, frozen=True):
     requests_started_total: int
     requests_total: dict[str, int]
     prompt_tokens_total: int
-    prompt_tokens_cached_total: int
     generation_tokens_total: int
     time_to_first_token_seconds: Histogram
     inter_token_latency_seconds: Histogram
@@ -256,6 +255,7 @@ class Stats(Message, frozen=True):
     num_moe_layers: int
     num_experts: int
     residency: bytes
+    prompt_tokens_cached_total: int = 0
 
 
 ClientMessage: TypeAlias = Hello | Generate | Credit | Cancel | Ping | GetStats
