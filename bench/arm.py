@@ -30,6 +30,7 @@ from ..runtime.tier import build_tier, module_arithmetic
 from .bandwidth import drop_page_cache
 from .records import Measurement, Passage, Recording, Subject
 from .roofline import Pass
+from .witness import Witness, watched
 
 
 class Arm(Protocol):
@@ -179,6 +180,13 @@ class EngineArm:
             read_bytes=read_bytes() - before,
         )
 
+    def timeline(self, passages: list[Passage], arm: str) -> dict[str, Any]:
+        """Decode once more, untimed, and tell one token in time; see `Witness.timeline`."""
+        with watched(self._engine.tier.transfers) as witness:
+            for passage in passages:
+                self._decode(passage, witness=witness)
+        return witness.timeline(arm)
+
     def close(self) -> None:
         """Free what the arm holds; idempotent."""
         if self._opened is not None:
@@ -191,6 +199,7 @@ class EngineArm:
         *,
         recorder: "_RoutingRecorder | None" = None,
         digest: Any = None,
+        witness: Witness | None = None,
     ) -> "_Decoded":
         engine = self._engine
         if self._is_foretold:
@@ -213,7 +222,11 @@ class EngineArm:
         stall_s = sequence.stats.timings.stall_s
         began = time.perf_counter()
         while not sequence.is_finished:
-            engine.step()
+            if witness is None:
+                engine.step()
+            else:
+                with witness.token():
+                    engine.step()
         decode_s = time.perf_counter() - began
         if sequence.error is not None:
             raise sequence.error

@@ -96,6 +96,7 @@ def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) ->
         "environment": before.ended().as_dict(),
         "workload": workload,
         "rows": [make_row(stamp=stamp, **arguments) for arguments in bench.rows],
+        "timelines": bench.timelines,
     }
 
 
@@ -144,6 +145,7 @@ class _Bench:
         limit_s = options.time_limit_s
         self._ends = None if limit_s is None else time.monotonic() + limit_s
         self._num_timings_left = len(options.budgets) * len(self._states)
+        self.timelines: list[dict[str, Any]] = []
 
     @property
     def _states(self) -> tuple[bool, ...]:
@@ -220,9 +222,17 @@ class _Bench:
             self._fenced[name] = fence.kind
 
     def measure(self, budget: str) -> None:
-        """Time the arms of one budget in both states of the caches."""
+        """Time the arms of one budget in both states of the caches; watch a token of the first."""
         for is_cold in self._states:
             self._time(budget, self._arms, is_cold=is_cold)
+        if budget != self.options.budgets[0]:
+            return
+        for done, (name, worker) in enumerate(self._arms.items()):
+            self._tell(f"{budget}: one token in time", done, len(self._arms))
+            if not lineup.is_external(name):
+                shown = worker.call("timeline", self._passages, f"{name}, {budget}", kind=dict)
+                self.timelines.append(shown)
+        self._tell(f"{budget}: one token in time", len(self._arms), len(self._arms))
 
     def workload(self) -> dict[str, Any]:
         """What was decoded."""

@@ -63,6 +63,7 @@ class Decode(_Document, kw_only=True):
 
     workload: Any
     rows: list[DecodeRow]
+    timelines: list[Timeline] = []
 
 
 class Transfers(_Document, kw_only=True):

@@ -251,9 +251,9 @@ class TimelineEvent(msgspec.Struct, kw_only=True):
 
 
 class Timeline(msgspec.Struct, kw_only=True):
-    """One token of a replay in time."""
+    """One token in time: of a replay, or of a run that was watched."""
 
     arm: str
-    simulated: Literal[True]
+    simulated: bool
     seconds: float
     events: list[TimelineEvent]

@@ -57,6 +57,11 @@ def rounds_otherwise(name: str) -> bool:
     return name in _OTHERWISE_ROUNDED
 
 
+def is_external(name: str) -> bool:
+    """Whether the arm is another system."""
+    return name in _EXTERNAL
+
+
 def is_resident(name: str) -> bool:
     """Whether the arm holds everything, so that budgets and limits do not concern it."""
     return name in _RESIDENT

@@ -1,6 +1,6 @@
-"""One token of a replay in time: what the processor did, and what the link carried meanwhile.
+"""One token in time: what the processor did, and what the link carried meanwhile.
 
-Simulated, as every time of a replay. Written as Chrome's trace events, which Perfetto opens too:
+Of a replay here, and simulated as every time of one; `witness` has those of the engine. Written as Chrome's trace events, which Perfetto opens too:
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
@@ -52,7 +52,7 @@ def write_trace(lines: list[dict[str, Any]], folder: Path) -> Path:
     """
     events: list[dict[str, Any]] = []
     for process, line in enumerate(lines):
-        title = f"simulated: {line['arm']}"
+        title = f"{'simulated' if line['simulated'] else 'measured'}: {line['arm']}"
         events.append({"ph": "M", "pid": process, "name": "process_name", "args": {"name": title}})
         for thread, lane in enumerate((PROCESSOR, LINK)):
             common = {"pid": process, "tid": thread}
@@ -64,7 +64,9 @@ def write_trace(lines: list[dict[str, Any]], folder: Path) -> Path:
                 if one["lane"] == lane
             ]  # fmt: skip
     path = folder / "timeline.json"
-    document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"simulated": "true"}}
+    is_simulated = str(any(line["simulated"] for line in lines)).lower()
+    other = {"simulated": is_simulated}
+    document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with durable_write(path) as file:

@@ -161,7 +161,7 @@ ARMS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "accelerate": _accelerate_arm,
     "probe": lambda _: Probe(),
 }
-_METHODS = frozenset({"load", "encode", "record", "prepare", "run", "measure"})
+_METHODS = frozenset({"load", "encode", "record", "prepare", "run", "measure", "timeline"})
 
 
 def serve(kind: str, options: dict[str, Any]) -> None:

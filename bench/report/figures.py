@@ -10,6 +10,9 @@ from ..curves import hit_rate_figure
 _PALETTE = (
     "#2f6690", "#d9713c", "#3f8f63", "#8057a6", "#b8860b", "#b0413e", "#2a9d9d", "#8a8f98",
 )  # fmt: skip
+_WORK = {
+    "layer": _PALETTE[7], "experts": _PALETTE[0], "computing": _PALETTE[0], "waiting": _PALETTE[5],
+}  # fmt: skip
 _DISTANCES = {"before": "before the token", "in_pass": "in the pass", "pre_attention": "pre-att."}
 
 
@@ -18,7 +21,7 @@ def draw(kind: str, document: Mapping[str, Any]) -> dict[str, Any]:
     drawn = {
         "hit-rate": _curves,
         "simulate": _curves_and_roofline,
-        "decode": _roofline_only,
+        "decode": _measured,
         "transfer": _transfers,
         "kernels": _kernels,
         "validate": _validation,
@@ -45,15 +48,16 @@ def _curves_and_roofline(document: Mapping[str, Any]) -> dict[str, Any]:
 
 def _timelines(document: Mapping[str, Any]) -> dict[str, Any]:
     """A strip an arm: what the processor did above, what the link carried below."""
-    lines = document["timelines"]
+    lines = document.get("timelines", [])
     if not lines:
         return {}
+    what = "simulated" if lines[0]["simulated"] else "measured"
     figure = _figure(9.0, 0.9 + 1.5 * len(lines))
     longest = 1000.0 * max(line["seconds"] for line in lines)
     for number, line in enumerate(lines, start=1):
         axes = figure.add_subplot(len(lines), 1, number)
         for place, lane, colours in (
-            (1, "processor", {"layer": _PALETTE[7], "experts": _PALETTE[0]}),
+            (1, "processor", _WORK),
             (0, "link", {"on-demand": _PALETTE[1], "prefetch": _PALETTE[2]}),
         ):
             for kind, colour in colours.items():
@@ -62,6 +66,8 @@ def _timelines(document: Mapping[str, Any]) -> dict[str, Any]:
                     for one in line["events"]
                     if one["lane"] == lane and one["name"].split(" ")[0] == kind
                 ]
+                if not spans:
+                    continue
                 axes.broken_barh(
                     spans, (place - 0.38, 0.76), facecolors=colour, edgecolor="white",
                     linewidth=0.2, label=kind,
@@ -70,12 +76,12 @@ def _timelines(document: Mapping[str, Any]) -> dict[str, Any]:
         axes.set_xlim(0.0, longest)
         axes.set_title(f"{line['arm']}: {1000 * line['seconds']:.1f} ms", fontsize=9, loc="left")
         axes.legend(fontsize=7, ncols=4, loc="upper right", bbox_to_anchor=(1.0, 1.22))
-    figure.get_axes()[-1].set_xlabel("ms from the token's start, simulated")
-    return {"One token in time, simulated": figure}
+    figure.get_axes()[-1].set_xlabel(f"ms from the token's start, {what}")
+    return {f"One token in time, {what}": figure}
 
 
-def _roofline_only(document: Mapping[str, Any]) -> dict[str, Any]:
-    return roofline(document["rows"], what="measured")
+def _measured(document: Mapping[str, Any]) -> dict[str, Any]:
+    return roofline(document["rows"], what="measured") | _timelines(document)
 
 
 def roofline(rows: list[dict[str, Any]], *, what: str) -> dict[str, Any]:

@@ -90,6 +90,10 @@ def decode(
     plot: Annotated[
         Path | None, typer.Option(help="also draw the result into this PNG file")
     ] = None,
+    profile: Annotated[
+        Path | None,
+        typer.Option(help="folder for one token in time, as Chrome trace events (Perfetto)"),
+    ] = None,
     json: options.Json = False,
     device: options.Device = None,
     revision: options.Revision = None,
@@ -161,6 +165,8 @@ def decode(
         document = module.bench_decode(wanted, progress=progress)
     if plot is not None:
         _module("plot").plot_decode(document, plot)
+    if profile is not None:
+        _module("timeline").write_trace(document["timelines"], profile)
     if json:
         print_json(document)
         return

@@ -1,0 +1,164 @@
+"""What the engine's token did in time: when it waited for experts, and what was read meanwhile.
+
+Looks on from outside: the transfer engine's `submit` and its reader are wrapped while a run is
+watched, so an engine that nobody watches pays nothing. Knows no arms and no statistics.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from ..collect.schema import ExpertKey
+from ..runtime.experts.cache import Kind, Slot
+from ..runtime.experts.transfer import Transfer
+from .timeline import LINK, PROCESSOR
+
+COMPUTING, WAITING = "computing", "waiting"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Seconds of one clock, from and to."""
+
+    what: str
+    began_s: float
+    ended_s: float
+
+
+class Witness:
+    """Spans of reads and waits so far; any thread may add to them."""
+
+    def __init__(self) -> None:
+        self.reads: list[Span] = []
+        self.waits: list[Span] = []
+        self.tokens: list[tuple[float, float]] = []
+        self._lock = threading.Lock()
+
+    def read(self, what: str, began_s: float) -> None:
+        """A read of an expert's pieces ends now."""
+        with self._lock:
+            self.reads.append(Span(what, began_s, time.perf_counter()))
+
+    @contextmanager
+    def token(self) -> Iterator[None]:
+        """The block is one token."""
+        began = time.perf_counter()
+        yield
+        self.tokens.append((began, time.perf_counter()))
+
+    def median_token(self) -> tuple[float, float]:
+        """The token that took as long as most did: when it began and ended."""
+        return sorted(self.tokens, key=lambda one: one[1] - one[0])[len(self.tokens) // 2]
+
+    def timeline(self, arm: str) -> dict[str, Any]:
+        """The median token: `events` with lane, name, start and seconds, as of a replay's token."""
+        began, ended = self.median_token()
+        waits = [_within(one, began, ended) for one in self.waits]
+        held = [one for one in waits if one is not None]
+        spans = [(PROCESSOR, one) for one in [*held, *_between(held, began, ended)]]
+        reads = [_within(one, began, ended) for one in self.reads]
+        spans += [(LINK, one) for one in reads if one is not None]
+        events = [
+            {"lane": lane, "name": one.what, "start_s": one.began_s - began,
+             "seconds": one.ended_s - one.began_s}
+            for lane, one in spans
+        ]  # fmt: skip
+        return {
+            "arm": arm,
+            "simulated": False,
+            "seconds": ended - began,
+            "events": sorted(events, key=lambda one: (one["lane"], one["start_s"])),
+        }
+
+
+@contextmanager
+def watched(transfers: Any) -> Iterator[Witness]:
+    """Watch a ThreadTransfer, or the one that a tiered engine reads from disk with."""
+    witness, threads = Witness(), _reading(transfers)
+    submit, disk_submit, reader = transfers.submit, threads.submit, threads._reader
+    named: dict[int, str] = {}
+
+    def noting(submit: Callable[..., Any]) -> Callable[[ExpertKey, Slot, Kind], Transfer]:
+        def note(key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
+            copy = submit(key, slot, kind)
+            plan = getattr(copy, "plan", None)
+            if plan is not None:
+                named[id(plan)] = f"{kind.value} {key.layer_idx}/{key.expert_idx}"
+            copy.wait = _timed_wait(copy, witness)
+            return copy
+
+        return note
+
+    threads.submit = noting(disk_submit)
+    if threads is not transfers:
+        transfers.submit = noting(submit)
+    threads._reader = _WatchedReader(reader, witness, named)
+    try:
+        yield witness
+    finally:
+        threads._reader = reader
+        del threads.submit
+        if threads is not transfers:
+            del transfers.submit
+
+
+class _WatchedReader:
+    """A FileReader whose runs of pieces are written down."""
+
+    def __init__(self, reader: Any, witness: Witness, named: dict[int, str]) -> None:
+        self._reader = reader
+        self._witness = witness
+        self._named = named
+
+    def read_run(self, plan: Any, run: range, **given: Any) -> int:
+        began = time.perf_counter()
+        try:
+            return self._reader.read_run(plan, run, **given)  # type: ignore[no-any-return]
+        finally:
+            self._witness.read(self._named.get(id(plan), "read"), began)
+
+    def close(self) -> None:
+        self._reader.close()
+
+
+def _reading(transfers: Any) -> Any:
+    return transfers if hasattr(transfers, "_reader") else transfers._disk
+
+
+def _timed_wait(copy: Any, witness: Witness) -> Callable[[], None]:
+    wait = copy.wait
+
+    def timed() -> None:
+        if copy.done():
+            wait()
+            return
+        began = time.perf_counter()
+        try:
+            wait()
+        finally:
+            key = copy.key
+            what = f"{WAITING} for {key.layer_idx}/{key.expert_idx}"
+            witness.waits.append(Span(what, began, time.perf_counter()))
+
+    return timed
+
+
+def _within(span: Span, began: float, ended: float) -> Span | None:
+    """What of a span lies between two times."""
+    first, last = max(span.began_s, began), min(span.ended_s, ended)
+    return Span(span.what, first, last) if last > first else None
+
+
+def _between(waits: list[Span], began: float, ended: float) -> list[Span]:
+    """What the processor did while it did not wait."""
+    found, at = [], began
+    for one in sorted(waits, key=lambda one: one.began_s):
+        if one.began_s > at:
+            found.append(Span(COMPUTING, at, one.began_s))
+        at = max(at, one.ended_s)
+    if ended > at:
+        found.append(Span(COMPUTING, at, ended))
+    return found
