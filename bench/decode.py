@@ -230,7 +230,8 @@ class _Bench:
         for done, (name, worker) in enumerate(self._arms.items()):
             self._tell(f"{budget}: one token in time", done, len(self._arms))
             if not lineup.is_external(name):
-                shown = worker.call("timeline", self._passages, f"{name}, {budget}", kind=dict)
+                title = name if lineup.is_resident(name) else f"{name}, {budget}"
+                shown = worker.call("timeline", self._passages, title, kind=dict)
                 self.timelines.append(shown)
         self._tell(f"{budget}: one token in time", len(self._arms), len(self._arms))
 

@@ -1,6 +1,7 @@
 """One token in time: what the processor did, and what the link carried meanwhile.
 
-Of a replay here, and simulated as every time of one; `witness` has those of the engine. Written as Chrome's trace events, which Perfetto opens too:
+Of a replay here, and simulated as every time of one; `witness` has those of the engine. Written as
+Chrome's trace events, which Perfetto opens too:
 https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 

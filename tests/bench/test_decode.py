@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from outrider.bench import documents
 from outrider.bench.arm import EngineArm
 from outrider.bench.decode import DecodeOptions, MismatchError, bench_decode
 from outrider.bench.records import Bandwidths, External, Measurement, Passage, Recording
+from outrider.bench.timeline import write_trace
 from outrider.bench.worker import Worker, WorkerError, _error
-from outrider.bench.workload import built_in_texts, make_passages, read_texts
+from outrider.bench.workload import BUILT_IN, built_in_texts, make_passages, read_texts
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
 from outrider.runtime.experts.arithmetic import ModuleArithmetic
@@ -375,3 +377,32 @@ def test_built_in_text_is_held_out_and_files_are_read_by_line(tmp_path: Path) ->
     assert (free.prompt_ids, free.text_ids, free.num_tokens) == ([3], [], 9)
     with pytest.raises(UsageError, match="cannot be read"):
         read_texts(str(tmp_path / "absent"), 1)
+
+
+def test_a_watched_token_adds_up_and_leaves_the_engine_as_it_was(tmp_path):
+    arm = EngineArm(model=None, options={"expert_memory": "10%", "prefetch": "off"})
+    arm.load()
+    try:
+        passages = make_passages(
+            read_texts(BUILT_IN, 1), arm.encode, num_tokens=6, prompt_tokens=8, follows_text=True
+        )
+        chosen = arm.record(passages).token_ids
+        transfers = arm._engine.tier.transfers
+        before = (transfers._reader, dict(vars(transfers)).keys())
+        line = arm.timeline(passages, "on demand")
+        assert (transfers._reader, dict(vars(transfers)).keys()) == before
+        assert arm.run(passages).token_ids == chosen
+    finally:
+        arm.close()
+    work = [one for one in line["events"] if one["lane"] == "processor"]
+    reads = [one for one in line["events"] if one["lane"] == "link"]
+    assert line["simulated"] is False
+    # Waiting and computing follow each other without a gap, from the token's start to its end.
+    assert sum(one["seconds"] for one in work) == pytest.approx(line["seconds"])
+    for one, following in pairwise(work):
+        assert one["start_s"] + one["seconds"] == pytest.approx(following["start_s"], abs=1e-9)
+    assert {one["name"].split(" ")[0] for one in work} == {"computing", "waiting"}
+    assert reads and {one["name"].split(" ")[0] for one in reads} == {"on-demand"}
+    assert all(0.0 <= one["start_s"] <= line["seconds"] for one in reads)
+    trace = json.loads(write_trace([line], tmp_path).read_text())
+    assert trace["otherData"] == {"simulated": "false"}
