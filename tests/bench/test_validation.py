@@ -4,6 +4,7 @@ import json
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import planted_routing as planted
 import pytest
@@ -17,7 +18,8 @@ from outrider.bench.validation.model import Machine, calibrate, lacking_layers, 
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts
 from outrider.runtime.errors import UsageError
-from outrider.runtime.experts.layout import Extent
+from outrider.runtime.experts.pieces import Halt, Piece
+from outrider.runtime.experts.reader import ReadPlan
 
 TRUE = Machine(
     token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, weight_bytes_per_s=12e9, latency_s=2e-4,
@@ -101,15 +103,20 @@ def test_throttled_disk_is_never_faster():
 
 def test_throttled_reader_keeps_to_its_speed_over_all_threads():
     class Instant:
-        def read(self, piece, target, *, bounce):
-            target[:] = b"x" * piece.length
+        def read_run(self, plan, run, *, slot, bounce, halt):
+            for index in run:
+                ((start, length),) = plan.pieces[index].parts
+                slot[start : start + length] = b"x" * length
+            return len(run)
 
     reader = ThrottledReader(Instant(), 1e6)
-    piece = Extent("file", 0, 10_000, 0)  # type: ignore[arg-type]
-    target = memoryview(bytearray(10_000))
-    threads = [
-        threading.Thread(target=lambda: reader.read(piece, target, bounce=target)) for _ in range(6)
-    ]
+    pieces = [Piece(Path("file"), at, 5_000, ((at, 5_000),)) for at in (0, 5_000)]
+    target, halt = memoryview(bytearray(10_000)), Halt(0)
+
+    def read():
+        reader.read_run(ReadPlan(pieces), range(2), slot=target, bounce=target, halt=halt)
+
+    threads = [threading.Thread(target=read) for _ in range(6)]
     began = time.perf_counter()
     for thread in threads:
         thread.start()

@@ -349,9 +349,9 @@ def test_an_interrupt_anywhere_leaves_the_engine_usable(engine, expected, at):
 
 @pytest.mark.parametrize("at", [0, 1, 7, 20])
 def test_an_interrupt_while_reading_leaves_the_engine_usable(engine, expected, monkeypatch, at):
-    from outrider.runtime.experts import transfer
+    from outrider.runtime.experts import thread_transfer
 
-    wait, calls = transfer._Copy.wait, []
+    wait, calls = thread_transfer._Copy.wait, []
 
     def interrupted(copy):
         calls.append(1)
@@ -360,7 +360,7 @@ def test_an_interrupt_while_reading_leaves_the_engine_usable(engine, expected, m
         wait(copy)
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer._Copy, "wait", interrupted)
+        patch.setattr(thread_transfer._Copy, "wait", interrupted)
         with pytest.raises(KeyboardInterrupt):
             engine.generate(TEXTS, GREEDY)
     check_idle(engine)
