@@ -48,11 +48,9 @@ class Configuration:
 
 
 def calibrated_on(geometry: str | None) -> list[Configuration]:
-    """The three: reads on demand, none at all, and large experts where there are some."""
-    found = [Configuration(None, "50%"), Configuration(None, "all")]
-    if geometry is not None:
-        found.append(Configuration(geometry, "25%"))
-    return found
+    """The three: on demand, looking ahead, and large experts where there are some, else none read."""
+    third = Configuration(None, "all") if geometry is None else Configuration(geometry, "25%")
+    return [Configuration(None, "50%"), Configuration(None, "50%", prefetch="on"), third]
 
 
 def unseen(geometry: str | None) -> list[Configuration]:
@@ -67,13 +65,13 @@ def unseen(geometry: str | None) -> list[Configuration]:
         Configuration(None, "50%", format="int8"),
         Configuration(None, "25%", throttle_bytes_per_s=50e6),
         Configuration(None, "50%", throttle_bytes_per_s=50e6),
-        Configuration(None, "50%", prefetch="on"),
         Configuration(None, "25%", prefetch="on"),
         Configuration(None, "10%", prefetch="on"),
         Configuration(None, "25%", prefetch="on", throttle_bytes_per_s=100e6),
     ]
     if geometry is not None:
         found += [
+            Configuration(None, "all"),
             Configuration(geometry, "50%"),
             Configuration(geometry, "10%"),
             Configuration(geometry, "25%", throttle_bytes_per_s=400e6),

@@ -2,12 +2,14 @@
 
 Processor: a token costs a fixed time; a layer that lacks an expert and an expert asked for, now or
 ahead, one each; weights are read at one speed. Link: a latency a read and a speed. Times are fitted
-to single steps, the link by replay until it waits as long as the machine. What forecasts cost is
-not calibrated by a run: predictor and prefetcher run in the replay too, and are timed there.
+to single steps, the link by replay until it waits as long as the machine. What forecasts cost:
+predictor and prefetcher run in the replay too, and are timed there; beside an engine, with cold
+caches and copy threads that want the interpreter, that takes so much longer as in the run that
+looked ahead.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
@@ -29,7 +31,8 @@ WARM_RUNS = 2
 class Machine:
     """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at.
 
-    `latency_s` is of one read of at most a piece, of which an expert takes several.
+    `latency_s` is of one read of at most a piece, of which an expert takes several. Forecasts take
+    `forecast_factor` times what they take outside of an engine.
     """
 
     token_s: float
@@ -38,6 +41,7 @@ class Machine:
     weight_bytes_per_s: float
     latency_s: float
     link_bytes_per_s: float
+    forecast_factor: float = 1.0
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
@@ -102,7 +106,7 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
             miss_s=machine.miss_s,
             # Asked for, written down and woken up for as a miss is.
             issue_s=machine.miss_s,
-            forecast_s=0.0 if told is None else told.seconds,
+            forecast_s=0.0 if told is None else machine.forecast_factor * told.seconds,
         ),
     )
 
@@ -147,12 +151,34 @@ def _prompt(seen: Observation) -> int:
     return int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // sequences
 
 
-def calibrate(seen: Sequence[Observation]) -> Machine:
+def calibrate(seen: Sequence[Observation], told: Sequence[Told | None]) -> Machine:
     """A machine that does in the observed configurations what was observed.
 
     The first reads on demand. One that misses nothing fixes a token's own time; one of much larger
-    experts the speeds of weights and link, which are else taken for unlimited.
+    experts the speeds of weights and link, which are else taken for unlimited; one that looks ahead
+    what forecasts cost beside an engine. `told` is what each was told.
     """
+    by_demand = [one for one, said in zip(seen, told, strict=True) if said is None]
+    machine = _by_demand(by_demand)
+    for one, said in zip(seen, told, strict=True):
+        if said is not None:
+            return replace(machine, forecast_factor=_forecast_factor(machine, one, said))
+    return machine
+
+
+def _forecast_factor(machine: Machine, seen: Observation, told: Told) -> float:
+    """How many times what they were timed at lets the replay take as long as the machine."""
+    wanted_s = _mean(seen, "wall_s")
+
+    def token_s(factor: float) -> float:
+        return (
+            1.0 / simulate(replace(machine, forecast_factor=factor), seen, told).tokens_per_second
+        )
+
+    return _where(token_s, wanted_s, first=1.0, limit=1e3)
+
+
+def _by_demand(seen: Sequence[Observation]) -> Machine:
     first = seen[0]
     large = max(seen, key=lambda one: one.subject.expert_bytes)
     resident = next((one for one in seen if not _mean(one, "misses")), None)
@@ -185,12 +211,17 @@ def _copy_s(machine: Machine, seen: Observation) -> float:
         slow = replace(machine, latency_s=copy_s / seen.num_pieces, link_bytes_per_s=float("inf"))
         return simulate(slow, seen, None).stall_s
 
-    low, high = 0.0, 1e-4
-    while stall_s(high) < wanted and high < 100.0:
+    return _where(stall_s, wanted, first=1e-4, limit=100.0)
+
+
+def _where(rising: Callable[[float], float], wanted: float, *, first: float, limit: float) -> float:
+    """Where a rising function has a value, to some 1e-4 of `first`; 0 if it is above that there."""
+    low, high = 0.0, first
+    while rising(high) < wanted and high < limit:
         low, high = high, 2.0 * high
     for _ in range(14):
         middle = (low + high) / 2.0
-        low, high = (middle, high) if stall_s(middle) < wanted else (low, middle)
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return (low + high) / 2.0
 
 

@@ -73,7 +73,7 @@ def bench_validate(options: ValidateOptions, *, progress: Progress) -> dict[str,
         )
     progress("running", total, total)
     told = [forecasts(one) for one in seen]
-    machine = calibrate(seen[: len(known)])
+    machine = calibrate(seen[: len(known)], told[: len(known)])
     rows = []
     for index, (one, said) in enumerate(zip(seen, told, strict=True)):
         progress("simulating", index, total)

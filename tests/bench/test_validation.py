@@ -14,7 +14,7 @@ from outrider.bench.arm import EngineArm
 from outrider.bench.records import Subject
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
 from outrider.bench.validation.machine import Observation, Step, ThrottledReader, observe
-from outrider.bench.validation.model import Machine, calibrate, lacking_layers, simulate
+from outrider.bench.validation.model import Machine, Told, calibrate, lacking_layers, simulate
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts
 from outrider.runtime.errors import UsageError
@@ -70,7 +70,7 @@ def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed
 def test_a_machine_is_found_again_from_what_it_did():
     small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
     large, _ = made_up(Configuration("geometry", "25%"), slots=12, expert_bytes=4_000_000)
-    machine = calibrate([small, large])
+    machine = calibrate([small, large], [None, None])
     for name in (
         "token_s",
         "fetch_s",
@@ -85,6 +85,22 @@ def test_a_machine_is_found_again_from_what_it_did():
             seen, found = made_up(Configuration(None, "x"), slots=slots, expert_bytes=size)
             guess = simulate(machine, seen, None)
             assert guess.tokens_per_second == pytest.approx(found.tokens_per_second, rel=0.03)
+
+
+def test_what_forecasts_cost_beside_an_engine_is_found_again():
+    factor = 4.0
+    small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
+    ahead = replace(small, configuration=Configuration(None, "25%", prefetch="on"))
+    told = Told(planted.foretold(ahead.routing, noise=0.2), 2e-4)
+    truth = replace(TRUE, forecast_factor=factor)
+    token_s = 1.0 / simulate(truth, ahead, told).tokens_per_second
+    steps = [[Step(token_s, 0.0, 1, 0)] * len(ahead.repetitions[0])]
+    machine = calibrate([small, replace(ahead, repetitions=steps)], [None, told])
+    other, _ = made_up(Configuration(None, "x"), slots=24, expert_bytes=70_000)
+    other = replace(other, configuration=ahead.configuration)
+    assert machine.forecast_factor == pytest.approx(factor, rel=0.15)
+    guess = simulate(machine, other, told).tokens_per_second
+    assert guess == pytest.approx(simulate(truth, other, told).tokens_per_second, rel=0.03)
 
 
 def test_throttled_disk_is_never_faster():
