@@ -48,7 +48,7 @@ class Configuration:
 
 
 def calibrated_on(geometry: str | None) -> list[Configuration]:
-    """The three: on demand, looking ahead, and large experts where there are some, else none read."""
+    """The three: on demand, looking ahead, and large experts, or else none read at all."""
     third = Configuration(None, "all") if geometry is None else Configuration(geometry, "25%")
     return [Configuration(None, "50%"), Configuration(None, "50%", prefetch="on"), third]
 
