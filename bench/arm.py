@@ -213,6 +213,9 @@ class EngineArm:
                 ignore_eos=True,
             )
         )
+        if isinstance(sequence.predictor, Oracle):
+            # A controller that rests does not ask it, and the sequence goes on meanwhile.
+            sequence.predictor.follow(lambda: sequence.step)
         sampler = FollowingSampler(sequence.sampler, passage.text_ids, digest=digest)
         sequence.sampler = sampler  # type: ignore[assignment]
         while not sequence.token_ids and not sequence.is_finished:

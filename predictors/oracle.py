@@ -3,6 +3,7 @@
 Knows the whole sequence because the replay hands it over; a running engine cannot.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,6 +25,7 @@ class Oracle:
 
     The used ones differ by a millionth each, so that they rank by router weight. `foresee` must be
     called before `begin`: without it, or past the end of what it was told, the oracle says nothing.
+    Whoever does not ask at each step must `follow`, or the steps that went by are spoken of late.
     """
 
     def __init__(self, shape: ModelShape) -> None:
@@ -31,6 +33,11 @@ class Oracle:
         self._topk_ids = np.zeros((0, shape.num_moe_layers, shape.top_k), dtype=np.int64)
         self._prompt_tokens = 0
         self._steps = StepCount()
+        self._step_now: Callable[[], int] = lambda: self._steps.step
+
+    def follow(self, step_now: Callable[[], int]) -> None:
+        """Where the sequence stands from now on: 0 in the prompt, 1 in the first decode step."""
+        self._step_now = step_now
 
     def foresee(self, topk_ids: np.ndarray) -> None:
         """The routing [T, L, k] of the sequence that begins next, its prompt included."""
@@ -42,14 +49,14 @@ class Oracle:
 
     def before_token(self, token_id: int, horizon: int) -> Forecast | None:
         self._steps.before_token()
-        return self._forecast(self._steps.step + horizon - 1, 0, self.shape.num_moe_layers)
+        return self._forecast(self._step_now() + horizon - 1, 0, self.shape.num_moe_layers)
 
     def in_pass(self, layer_idx: int, router_input: "Tensor") -> Forecast | None:
         self._steps.in_pass()
         layer_to = min(layer_idx + 1 + REACH, self.shape.num_moe_layers)
         if layer_idx + 1 >= layer_to:
             return None
-        return self._forecast(self._steps.step, layer_idx + 1, layer_to)
+        return self._forecast(self._step_now(), layer_idx + 1, layer_to)
 
     def observe(
         self,

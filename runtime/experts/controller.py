@@ -7,7 +7,8 @@ included. Knows neither forecasts nor experts.
 
 import math
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
+from enum import Enum
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
@@ -24,11 +25,12 @@ ON_STEPS, OFF_STEPS = 6, 4
 """Length of a trial's window. Its first steps are not counted: of one with look-ahead two, in which
 reads get under way and the predictor sees what it missed; of one without it one."""
 
-MIN_PAIRS, MAX_PAIRS = 2, 6
-"""Of windows in a trial. One alone is believed if look-ahead is slower by a log ratio of HOPELESS.
+MIN_PAIRS, MAX_PAIRS = 2, 8
+"""Of windows in a trial. One alone is believed only if look-ahead is slower by a log ratio of
+HOPELESS, two standard errors granted, or takes more than all the stall that there is to hide.
 """
 
-HOPELESS = 0.5
+HOPELESS = 0.3
 
 REGRET = 0.01
 """Share of all time so far that trials in doubt may cost."""
@@ -36,14 +38,27 @@ REGRET = 0.01
 WASTE = 0.1
 """Of a step, what a trial's reads in vain are taken to cost before it is known."""
 
-UNKNOWN_SPREAD, MIN_SPREAD = 0.1, 0.02
-"""Standard deviation of the log ratio of two windows: before two pairs are known, and at least."""
+MIN_SPREAD = 0.02
+"""Least standard deviation of the log ratio of two windows; else it is taken from the pairs or from
+the steps within the windows, whichever is larger: two pairs may agree by chance."""
 
-CAUTION = 1.3
-"""Standard errors by which a trial has to be ahead of MIN_GAIN; to be behind, one is enough."""
+MEDIAN_ERROR = 1.25
+"""Standard error of a median in those of a mean, for normal values (the root of pi / 2)."""
 
-FIRST_RUN, MAX_RUN = 64, 256
-"""Steps with look-ahead between two controls without it; doubled after each."""
+BAD_CONTROL = 0.1
+"""A control that finds look-ahead slower by this log ratio is repeated soon, and believed if the
+next one agrees."""
+
+CAUTION, LAST_CAUTION = 1.3, 0.5
+"""Standard errors by which a trial has to be ahead of MIN_GAIN, and after its last pair; to be
+behind, one is enough."""
+
+SHORT_RUN, FIRST_RUN, MAX_RUN = 16, 64, 256
+"""Steps with look-ahead between two controls without it: after a bad one, at first, and at most;
+doubled after each good one."""
+
+SHORT_PAUSE = 16
+"""Steps of rest after a trial that has shown nothing either way."""
 
 FIRST_PAUSE, MAX_PAUSE = 64, 4096
 """Steps without look-ahead between two estimates; doubled after each that advised against it."""
@@ -65,7 +80,28 @@ class Stretch(NamedTuple):
 # Yields the next stretch, is sent what it measured.
 Stretches = Generator[Stretch, Window, None]
 Rest = Generator[Stretch, Window, Window]
-Trial = Generator[Stretch, Window, bool]
+Trial = Generator[Stretch, Window, "Outcome"]
+
+
+class Outcome(Enum):
+    """What a trial has shown."""
+
+    PAYS = "pays"
+    COSTS = "costs"
+    OPEN = "open"
+
+
+class Pair(NamedTuple):
+    """A window with look-ahead against those without it before and after.
+
+    `gain` is the log ratio of their steps, above 0 where look-ahead is faster; `error` what the
+    spread of the steps lets expect of it.
+    """
+
+    gain: float
+    error: float
+    on: Window
+    off: Window
 
 
 class GainController:
@@ -119,7 +155,9 @@ class GainController:
     def _window(self) -> Window:
         wall_s, stall_s, forecast_s = (median(values) for values in zip(*self._steps, strict=True))
         coverage = self._num_foreseen / self._num_absent if self._num_absent else None
-        return Window(wall_s, stall_s, forecast_s, coverage)
+        logs = [math.log(max(step[0], 1e-9)) for step in self._steps]
+        error = MEDIAN_ERROR * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+        return Window(wall_s, stall_s, forecast_s, coverage, error)
 
     def _begin(self, stretch: Stretch) -> None:
         self._num_left, self.reach, self.is_asking = stretch
@@ -143,7 +181,11 @@ class GainController:
                 verdict = self._outlook.verdict(rest)
             self.is_promising = verdict is not Verdict.NO
             if self._may_try(verdict, rest):
-                if (yield from self._trial(reach, rest)):
+                outcome = yield from self._trial(reach, rest)
+                if outcome is Outcome.OPEN:
+                    rest = yield from self._rest(SHORT_PAUSE)
+                    continue
+                if outcome is Outcome.PAYS:
                     self._outlook = Outlook()
                     yield from self._exploit(reach)
                     pause, reach = FIRST_PAUSE, self._max_reach
@@ -163,33 +205,37 @@ class GainController:
         return verdict is Verdict.YES
 
     def _trial(self, reach: int, before: Window) -> Trial:
-        logs: list[float] = []
+        pairs: list[Pair] = []
         while True:
             on = yield Stretch(ON_STEPS, reach, True)
             after = yield Stretch(OFF_STEPS)
             self._credit_s -= ON_STEPS * max(0.0, on.wall_s - after.wall_s)
-            logs.append((_log_ratio(before, on) + _log_ratio(after, on)) / 2.0)
+            pairs.append(_pair(before, on, after))
             before = after
-            pays = _pays(logs)
-            if pays is None and self._credit_s < 0.0 and fmean(logs) < 0.0:
-                pays = False
-            if pays is not None:
-                self.is_promising = pays
-                if not pays:
-                    self._outlook.learn(on=on, off=after)
-                return pays
+            outcome = _outcome(pairs)
+            if outcome is None and self._credit_s < 0.0 and _is_behind(pairs):
+                outcome = Outcome.OPEN
+            if outcome is not None:
+                self.is_promising = outcome is not Outcome.COSTS
+                if outcome is Outcome.COSTS:
+                    self._outlook.learn(
+                        on=_middle([pair.on for pair in pairs]),
+                        off=_middle([pair.off for pair in pairs]),
+                    )
+                return outcome
 
     def _exploit(self, reach: int) -> Stretches:
-        logs: deque[float] = deque(maxlen=4)
+        gains: deque[float] = deque(maxlen=4)
         num_steps = FIRST_RUN
-        while len(logs) < 2 or fmean(logs) > 0.0:
+        while len(gains) < 2 or fmean(gains) > 0.0:
             before = yield Stretch(num_steps, reach, True)
             off = yield Stretch(OFF_STEPS)
             after = yield Stretch(ON_STEPS, reach, True)
-            logs.append((_log_ratio(off, before) + _log_ratio(off, after)) / 2.0)
-            num_steps = min(2 * num_steps, MAX_RUN)
-            if logs[-1] < -UNKNOWN_SPREAD:
+            gains.append((_log_ratio(off, before) + _log_ratio(off, after)) / 2.0)
+            is_bad = gains[-1] < -BAD_CONTROL
+            if is_bad and len(gains) > 1 and gains[-2] < -BAD_CONTROL:
                 return
+            num_steps = SHORT_RUN if is_bad else min(2 * max(num_steps, FIRST_RUN), MAX_RUN)
 
 
 def _log_ratio(off: Window, on: Window) -> float:
@@ -197,15 +243,43 @@ def _log_ratio(off: Window, on: Window) -> float:
     return math.log(max(off.wall_s, 1e-9) / max(on.wall_s, 1e-9))
 
 
-def _pays(logs: list[float]) -> bool | None:
-    """Whether look-ahead pays, None while that is open."""
-    if len(logs) < MIN_PAIRS:
-        return False if fmean(logs) < -HOPELESS else None
-    spread = max(MIN_SPREAD, stdev(logs))
-    mean, error = fmean(logs), spread / math.sqrt(len(logs))
+def _middle(windows: Sequence[Window]) -> Window:
+    wall_s, stall_s = (
+        median(values)
+        for values in zip(*((one.wall_s, one.stall_s) for one in windows), strict=True)
+    )
+    return Window(wall_s, stall_s)
+
+
+def _pair(before: Window, on: Window, after: Window) -> Pair:
+    return Pair(
+        gain=(_log_ratio(before, on) + _log_ratio(after, on)) / 2.0,
+        error=math.hypot(on.error, before.error / 2.0, after.error / 2.0),
+        on=on,
+        off=_middle([before, after]),
+    )
+
+
+def _is_behind(pairs: Sequence[Pair]) -> bool:
+    return len(pairs) >= MIN_PAIRS and fmean(pair.gain for pair in pairs) < 0.0
+
+
+def _outcome(pairs: Sequence[Pair]) -> Outcome | None:
+    """What is shown so far, None while the trial has to go on."""
+    gains = [pair.gain for pair in pairs]
+    mean = fmean(gains)
+    if len(pairs) < MIN_PAIRS:
+        on, off = pairs[-1].on, pairs[-1].off
+        is_dear = mean < 0.0 and on.busy_s - off.busy_s > off.stall_s
+        is_hopeless = mean + 2.0 * max(MIN_SPREAD, pairs[-1].error) < -HOPELESS
+        return Outcome.COSTS if is_hopeless or is_dear else None
+    within = math.sqrt(fmean(pair.error**2 for pair in pairs))
+    error = max(MIN_SPREAD, stdev(gains), within) / math.sqrt(len(gains))
     # Going on where it costs is dearer than resting where it pays: there is always a next trial.
     if mean - CAUTION * error > MIN_GAIN:
-        return True
-    if mean + error < MIN_GAIN or len(logs) == MAX_PAIRS:
-        return False
-    return None
+        return Outcome.PAYS
+    if mean + error < MIN_GAIN:
+        return Outcome.COSTS
+    if len(pairs) < MAX_PAIRS:
+        return None
+    return Outcome.PAYS if mean - LAST_CAUTION * error > MIN_GAIN else Outcome.OPEN

@@ -36,13 +36,15 @@ class Window:
     """Medians over a window's counted steps, seconds.
 
     `forecast_s` is what asking took, `coverage` the share of absent experts that forecasts spoke
-    of in time, None where none was asked or none was absent.
+    of in time, None where none was asked or none was absent. `error` is the standard error of the
+    median of log `wall_s`, by the spread of the steps; 0 of a single one.
     """
 
     wall_s: float
     stall_s: float
     forecast_s: float = 0.0
     coverage: float | None = None
+    error: float = 0.0
 
     @property
     def busy_s(self) -> float:

@@ -245,3 +245,20 @@ def test_the_oracle_tells_what_was_recorded():
             np.testing.assert_array_equal(ranking, topk_ids[token + horizon - 1])
         forecast = oracle.in_pass(1, torch.zeros(1, SHAPE.hidden_size))
         np.testing.assert_array_equal(metrics.ranked(forecast.probability, 3), topk_ids[token, 2:])
+
+
+def test_an_oracle_that_was_not_asked_for_some_steps_speaks_of_the_present() -> None:
+    """A controller at rest asks nobody, and the sequence goes on."""
+    topk_ids = np.random.default_rng(0).random((9, 4, 12)).argsort(axis=-1)[..., :3]
+    step = 0
+    oracle = Oracle(SHAPE)
+    oracle.foresee(topk_ids)
+    oracle.begin(np.arange(2))
+    oracle.follow(lambda: step)
+    for step in (1, 5, 7):
+        row = 2 + step - 1
+        forecast = oracle.before_token(0, 1)
+        assert forecast.step == step
+        np.testing.assert_array_equal(metrics.ranked(forecast.probability, 3), topk_ids[row])
+        forecast = oracle.in_pass(1, torch.zeros(1, SHAPE.hidden_size))
+        np.testing.assert_array_equal(metrics.ranked(forecast.probability, 3), topk_ids[row, 2:])

@@ -5,6 +5,7 @@ from itertools import pairwise
 from statistics import fmean
 
 import pytest
+import recorded_steps
 
 from outrider.runtime.experts.controller import (
     ASKED_STEPS,
@@ -227,3 +228,72 @@ def test_a_slow_drift_is_not_taken_for_a_gain() -> None:
         course.run(1, on_s=step_s * 1.02, off_s=step_s)
         step_s = 1.0 + (step_s - 1.0) * 0.97
     assert sum(reach > 0 for reach in course.reaches) < 45
+
+
+# What asking took in the recorded runs.
+RECORDED_FORECAST_S = 0.0012
+
+
+def decode_recorded(
+    steps: int,
+    *,
+    off: list[tuple[float, float]],
+    on: list[tuple[float, float]],
+    seed: int,
+) -> tuple[float, list[bool]]:
+    """Measured steps in their order from some place on, begun anew at the end of a course.
+
+    Returns how many times as fast as never looking ahead it was, and which steps looked ahead.
+    """
+    controller = GainController(16)
+    start = random.Random(seed).randrange(len(off))
+    all_ms = off_ms = 0.0
+    has_looked = []
+    for place in range(start, start + steps):
+        rest_ms, rest_stall_ms = off[place % len(off)]
+        is_ahead = controller.reach > 0
+        wall_ms, stall_ms = on[place % len(on)] if is_ahead else (rest_ms, rest_stall_ms)
+        all_ms, off_ms = all_ms + wall_ms, off_ms + rest_ms
+        has_looked.append(is_ahead)
+        forecast_s = RECORDED_FORECAST_S if controller.is_asking else 0.0
+        controller.end_step(
+            wall_s=wall_ms / 1e3 + (0.0 if is_ahead else forecast_s),
+            stall_s=stall_ms / 1e3,
+            forecast_s=forecast_s,
+            num_absent=10,
+            num_foreseen=10,
+        )
+    return off_ms / all_ms, has_looked
+
+
+def test_a_gain_that_was_measured_is_found_soon_and_kept() -> None:
+    """Single steps differ by half, so a trial must not end by one unlucky pair of windows."""
+    off, on = recorded_steps.GEOMETRY_OFF, recorded_steps.GEOMETRY_ON
+    gain = sum(wall for wall, _ in off) / sum(wall for wall, _ in on)
+    assert gain > 1.3
+    runs = [decode_recorded(400, off=off, on=on, seed=seed) for seed in range(60)]
+    ratios = [ratio for ratio, _ in runs]
+    assert fmean(ratios) > 1.0 + 0.8 * (gain - 1.0)
+    assert min(ratios) > 0.95
+    kept = [fmean(looked[40:]) for _, looked in runs]
+    assert fmean(share > 0.5 for share in kept) >= 0.9
+    tried = [looked.index(True) for _, looked in runs if any(looked)]
+    assert sorted(tried)[len(runs) // 2] == FIRST_STEPS + ASKED_STEPS
+
+
+def test_a_loss_that_was_measured_stays_within_two_percent() -> None:
+    off, on = recorded_steps.NANO_OFF, recorded_steps.NANO_ON
+    assert sum(wall for wall, _ in off) < 0.7 * sum(wall for wall, _ in on)
+    runs = [decode_recorded(1500, off=off, on=on, seed=seed) for seed in range(60)]
+    assert fmean(ratio for ratio, _ in runs) > 0.98
+    assert all(any(looked) for _, looked in runs), "its stall is worth a trial"
+
+
+def test_a_bad_control_is_repeated_before_it_is_believed() -> None:
+    course = Course()
+    course.run(40, on_s=0.7, off_s=1.0)
+    while course.controller.reach:
+        course.run(1, on_s=0.7, off_s=1.0)
+    course.run(4, on_s=0.7, off_s=0.5)  # a control without look-ahead that is fast by chance
+    late = course.run(400, on_s=0.7, off_s=1.0)
+    assert sum(reach > 0 for reach in late) > 0.85 * len(late)
