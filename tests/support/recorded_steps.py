@@ -1,8 +1,8 @@
 """Decode steps as they were measured, (whole step, stall) in ms, with look-ahead and without.
 
-Two threads of a 2-core Zen 4, other work on the machine, 2026-11-26, the engine in one process, the
-same text with look-ahead in every step and then in none. GEOMETRY_*: `nano` widened to 4.3 MB an expert,
-half of them resident, the oracle for a predictor. NANO_*: `nano` itself at 25 %, its own ensemble.
+Two threads of a 2-core Zen 4, other work on the machine, 2026-11-26, one process that decoded the
+same text with look-ahead in every step and then in none. GEOMETRY_*: `nano` widened to 4.3 MB an
+expert, half of them resident, the oracle for a predictor. NANO_*: `nano` at 25 %, its ensemble.
 """
 
 GEOMETRY_OFF = [
