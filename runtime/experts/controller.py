@@ -113,8 +113,9 @@ class GainController:
     twice over, a trial begins at once; in doubt it waits until it costs no more than REGRET of all
     time so far. A trial compares windows with look-ahead with those without before and after them,
     so that drift cancels, until the interval of their log ratio leaves MIN_GAIN. Where it paid,
-    look-ahead goes on, with ever rarer controls. Where not, it rests, ever longer, and the next
-    trial looks less far ahead, in case it was the reads and not the forecasts that cost.
+    look-ahead goes on, with ever rarer controls. Where nothing was shown, it is soon tried again.
+    Where it costs, it rests, ever longer, and the next trial looks less far ahead, in case it was
+    the reads and not the forecasts that cost.
     """
 
     def __init__(self, max_reach: int) -> None:
