@@ -8,7 +8,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -132,7 +132,8 @@ class ThreadTransfer:
         self._on_demand: OrderedDict[_Copy, None] = OrderedDict()
         self._prefetch: OrderedDict[_Copy, None] = OrderedDict()
         self._meter = BandwidthMeter()
-        self._describe = lru_cache(MAX_PLANS)(self._described)
+        # Of no method of this object: a cycle would keep its buffers until the collector comes.
+        self._describe = lru_cache(MAX_PLANS)(partial(_described, source, piece_bytes))
         self._num_sharers = self._num_alive = num_threads
         self._threads = [
             threading.Thread(target=self._work, name=f"outrider-copy-{index}", daemon=True)
@@ -221,13 +222,6 @@ class ThreadTransfer:
                 self.degraded |= not self._stopping.is_set()
                 if not self._num_alive:
                     self._fail_queued("the last copy thread died")
-
-    def _described(self, key: ExpertKey) -> tuple[ExpertLayout, ReadPlan]:
-        layout = self._source.layout(key)
-        pieces = split_extents(layout.extents, self._piece_bytes)
-        if not pieces:
-            raise ValueError("its layout has no extents")
-        return layout, ReadPlan(pieces)
 
     def _hurry(self) -> None:
         """Runs of prefetches end early exactly while a miss has pieces that nobody reads."""
@@ -390,3 +384,13 @@ class ThreadTransfer:
                 self._drop(copy, problem)
                 if not copy.num_reading:
                     copy.finished.set()
+
+
+def _described(
+    source: ExpertSource, piece_bytes: int, key: ExpertKey
+) -> tuple[ExpertLayout, ReadPlan]:
+    layout = source.layout(key)
+    pieces = split_extents(layout.extents, piece_bytes)
+    if not pieces:
+        raise ValueError("its layout has no extents")
+    return layout, ReadPlan(pieces)

@@ -1,8 +1,10 @@
 """ThreadTransfer: the order of reads, dying threads, closing, the measured bandwidth."""
 
 import errno
+import gc
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +265,22 @@ def test_descriptors_and_threads_are_given_back(
         assert threading.active_count() == before[1] + 3
     assert len(opened) <= 4, "two files, opened once for each way of reading"
     assert (open_files(), threading.active_count()) == before
+
+
+def test_a_closed_engine_is_freed_without_the_collector(
+    packed: SyntheticExperts, arena: SlotArena
+) -> None:
+    # Its buffers take 2 MiB each, and the collector seldom looks at what is old.
+    gc.disable()
+    try:
+        with ThreadTransfer(packed, arena) as engine:
+            engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
+            engine.submit(KEYS[1], 1, Kind.PREFETCH).wait()
+        gone = weakref.ref(engine)
+        del engine
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_closing_waits_for_the_read_that_is_under_way(
