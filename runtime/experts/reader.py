@@ -63,6 +63,8 @@ class FileReader:
         Raises TransferError naming file and offset: if a file cannot be opened, ends early, or
         still fails after MAX_RETRIES. Files stay open from the first read on.
         """
+        if halt.value:
+            return 0  # closed, perhaps: no file is opened again
         at = run.start
         native = plan.native or self._native(plan)
         while at < run.stop and not halt.value:

@@ -197,6 +197,8 @@ class ThreadTransfer:
             thread.join()
         with self._calling:
             self._reader.close()
+            # An error that somebody keeps keeps its copy, and that this.
+            self._bounce = memoryview(b"")
 
     def __enter__(self) -> Self:
         return self
