@@ -88,12 +88,13 @@ def test_a_run_reads_what_a_plain_read_does(
 @needs_native
 def test_a_halt_ends_a_run_before_its_next_piece(file: Path, reader: FileReader) -> None:
     plan = ReadPlan(split_extents([Extent(file, 0, FILE_BYTES, 0)], PIECE))
-    slot, halt = memoryview(map_memory(FILE_BYTES)), Halt(1)
-    run = range(1, len(plan.pieces))
-    assert not reader.read_run(plan, run, slot=slot, bounce=bounce_buffer(PIECE), halt=halt)
+    slot, bounce = memoryview(map_memory(FILE_BYTES)), bounce_buffer(PIECE)
+    first, rest = range(1), range(1, len(plan.pieces))
+    assert reader.read_run(plan, first, slot=slot, bounce=bounce, halt=Halt(0)) == 1
+    assert reader.read_run(plan, rest, slot=slot, bounce=bounce, halt=Halt(1)) == 0
     assert plan.native is not None
-    assert plan.native.read(run, slot=slot, bounce=bounce_buffer(PIECE), halt=halt) == (0, False)
-    assert not any(slot)
+    assert plan.native.read(rest, slot=slot, bounce=bounce, halt=Halt(1)) == (0, False)
+    assert bytes(slot[:PIECE]) == file.read_bytes()[:PIECE] and not any(slot[PIECE:])
 
 
 @needs_native
