@@ -50,14 +50,14 @@ class Configuration:
 def calibrated_on(geometry: str | None) -> list[Configuration]:
     """The three: on demand, looking ahead, and large experts, or else none read at all."""
     third = Configuration(None, "all") if geometry is None else Configuration(geometry, "25%")
-    return [Configuration(None, "50%"), Configuration(None, "50%", prefetch="on"), third]
+    return [Configuration(None, "25%"), Configuration(None, "25%", prefetch="on"), third]
 
 
 def unseen(geometry: str | None) -> list[Configuration]:
     """Other budgets, policies, formats and disks, with and without forecasts."""
     found = [
         Configuration(None, "75%"),
-        Configuration(None, "25%"),
+        Configuration(None, "50%"),
         Configuration(None, "10%"),
         Configuration(None, "25%", eviction="lru"),
         Configuration(None, "50%", eviction="layer-lru"),
@@ -65,7 +65,7 @@ def unseen(geometry: str | None) -> list[Configuration]:
         Configuration(None, "50%", format="int8"),
         Configuration(None, "25%", throttle_bytes_per_s=50e6),
         Configuration(None, "50%", throttle_bytes_per_s=50e6),
-        Configuration(None, "25%", prefetch="on"),
+        Configuration(None, "50%", prefetch="on"),
         Configuration(None, "10%", prefetch="on"),
         Configuration(None, "25%", prefetch="on", throttle_bytes_per_s=100e6),
     ]

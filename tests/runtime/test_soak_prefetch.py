@@ -1,5 +1,7 @@
 """Soak of prefetching: `make soak-prefetch`. Tokens stay, memory, files and threads do not grow."""
 
+import gc
+import logging
 import os
 import random
 import time
@@ -55,6 +57,8 @@ def test_no_token_changes_and_nothing_grows(models: Any, monkeypatch: pytest.Mon
     prompts = [prompt_of(3 + 5 * index, seed=index) for index in range(NUM_PROMPTS)]
     with models.engine(FAMILY, prefetch="off") as engine:
         expected = [engine.generate(prompt, GREEDY)[0].token_ids for prompt in prompts]
+    # What is logged would be kept by pytest, and with an error its frames and their engine.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
     generator = random.Random(0)
     disk = MoodyDisk(1)
     monkeypatch.setattr(os, "preadv", disk)
@@ -101,6 +105,7 @@ def test_no_token_changes_and_nothing_grows(models: Any, monkeypatch: pytest.Mon
             executor.cache.check()
             assert executor.cache.num_loading == 0
             assert not any(entry.num_pins for entry in executor.cache._entries.values())
+        gc.collect()
         sizes.append((process.memory_info().rss, process.num_fds(), process.num_threads()))
     quarter = max(1, len(sizes) // 4)
     early, late = sizes[quarter - 1], sizes[-1]
