@@ -220,9 +220,12 @@ class ExpertMachine(RuleBasedStateMachine):
         self.cache.advance(self.step, self.layer_idx)
 
     def _is_full(self) -> bool:
-        """Others hold every slot, which no caller of the engine does: nothing could be served."""
+        """Others hold every slot that no prefetch is read into: nothing could be served.
+
+        The engine pins for one layer at a time only, so that prefetches always leave it a slot.
+        """
         pinned = {slot for _, slots in self.held.values() for slot in slots.values()}
-        return len(pinned) == self.cache.num_slots
+        return len(pinned) + self.cache.num_loading >= self.cache.num_slots
 
 
 @cache
