@@ -6,6 +6,7 @@ https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from .link import VirtualCopy, VirtualLink
 from .replay import Arm, Replay, Schedule
 
 PROCESSOR, LINK = "processor", "link"
+Span = tuple[str, str, float, float]
+"""Lane, name, and the seconds of one clock from and to which it lasted."""
+
 NUM_SEQUENCES = 6
 """Replayed before the token that is shown, so that slots are filled as they usually are."""
 
@@ -31,16 +35,24 @@ def timeline(schedule: Schedule, arm: Arm, *, name: str) -> dict[str, Any]:
     last = schedule.num_sequences - 1
     for sequence in range(max(0, last - NUM_SEQUENCES), last + 1):
         replay.run([sequence])
-    began, ended = replay.token
+    spans = [*replay.work, *replay.copies()]
+    return line_of(name, spans, token=replay.token, is_simulated=True)
+
+
+def line_of(
+    arm: str, spans: Iterable[Span], *, token: tuple[float, float], is_simulated: bool
+) -> dict[str, Any]:
+    """The document of one token: what of each span (lane, name, from, to) lies within it."""
+    began, ended = token
     events = [
         {"lane": lane, "name": what, "start_s": max(start, began) - began,
          "seconds": min(end, ended) - max(start, began)}
-        for lane, what, start, end in [*replay.work, *replay.copies()]
-        if end > began and start < ended and min(end, ended) > max(start, began)
+        for lane, what, start, end in spans
+        if min(end, ended) > max(start, began)
     ]  # fmt: skip
     return {
-        "arm": name,
-        "simulated": True,
+        "arm": arm,
+        "simulated": is_simulated,
         "seconds": ended - began,
         "events": sorted(events, key=lambda one: (one["lane"], one["start_s"])),
     }

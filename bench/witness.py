@@ -8,24 +8,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 from ..collect.schema import ExpertKey
 from ..runtime.experts.cache import Kind, Slot
 from ..runtime.experts.transfer import Transfer
-from .timeline import LINK, PROCESSOR
+from .timeline import LINK, PROCESSOR, Span, line_of
 
 COMPUTING, WAITING = "computing", "waiting"
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Seconds of one clock, from and to."""
-
-    what: str
-    began_s: float
-    ended_s: float
 
 
 class Witness:
@@ -40,7 +30,7 @@ class Witness:
     def read(self, what: str, began_s: float) -> None:
         """A read of an expert's pieces ends now."""
         with self._lock:
-            self.reads.append(Span(what, began_s, time.perf_counter()))
+            self.reads.append((LINK, what, began_s, time.perf_counter()))
 
     @contextmanager
     def token(self) -> Iterator[None]:
@@ -55,23 +45,10 @@ class Witness:
 
     def timeline(self, arm: str) -> dict[str, Any]:
         """The median token: `events` with lane, name, start and seconds, as of a replay's token."""
-        began, ended = self.median_token()
-        waits = [_within(one, began, ended) for one in self.waits]
-        held = [one for one in waits if one is not None]
-        spans = [(PROCESSOR, one) for one in [*held, *_between(held, began, ended)]]
-        reads = [_within(one, began, ended) for one in self.reads]
-        spans += [(LINK, one) for one in reads if one is not None]
-        events = [
-            {"lane": lane, "name": one.what, "start_s": one.began_s - began,
-             "seconds": one.ended_s - one.began_s}
-            for lane, one in spans
-        ]  # fmt: skip
-        return {
-            "arm": arm,
-            "simulated": False,
-            "seconds": ended - began,
-            "events": sorted(events, key=lambda one: (one["lane"], one["start_s"])),
-        }
+        token = self.median_token()
+        waits = [one for one in self.waits if token[0] <= one[2] and one[3] <= token[1]]
+        spans = [*waits, *_between(waits, *token), *self.reads]
+        return line_of(arm, spans, token=token, is_simulated=False)
 
 
 @contextmanager
@@ -141,24 +118,19 @@ def _timed_wait(copy: Any, witness: Witness) -> Callable[[], None]:
         finally:
             key = copy.key
             what = f"{WAITING} for {key.layer_idx}/{key.expert_idx}"
-            witness.waits.append(Span(what, began, time.perf_counter()))
+            witness.waits.append((PROCESSOR, what, began, time.perf_counter()))
 
     return timed
 
 
-def _within(span: Span, began: float, ended: float) -> Span | None:
-    """What of a span lies between two times."""
-    first, last = max(span.began_s, began), min(span.ended_s, ended)
-    return Span(span.what, first, last) if last > first else None
-
-
 def _between(waits: list[Span], began: float, ended: float) -> list[Span]:
     """What the processor did while it did not wait."""
-    found, at = [], began
-    for one in sorted(waits, key=lambda one: one.began_s):
-        if one.began_s > at:
-            found.append(Span(COMPUTING, at, one.began_s))
-        at = max(at, one.ended_s)
+    found: list[Span] = []
+    at = began
+    for _, _, first, last in sorted(waits, key=lambda one: one[2]):
+        if first > at:
+            found.append((PROCESSOR, COMPUTING, at, first))
+        at = max(at, last)
     if ended > at:
-        found.append(Span(COMPUTING, at, ended))
+        found.append((PROCESSOR, COMPUTING, at, ended))
     return found
