@@ -30,6 +30,7 @@ from ..runtime.tier import build_tier, module_arithmetic
 from .bandwidth import drop_page_cache
 from .records import Measurement, Passage, Recording, Subject
 from .roofline import Pass
+from .throttle import throttle
 from .witness import Witness, watched
 
 
@@ -59,6 +60,7 @@ class EngineArm:
 
     `is_foretold`: its predictor is the oracle, told what `record` wrote down of each passage.
     `is_eager`: experts are PyTorch's products, one expert after the other, not the kernels'.
+    `link_bytes_per_s`: experts are read no faster, as from a slower disk.
     """
 
     def __init__(
@@ -70,6 +72,7 @@ class EngineArm:
         is_filled: bool = False,
         is_foretold: bool = False,
         is_eager: bool = False,
+        link_bytes_per_s: float | None = None,
     ) -> None:
         self._model = model
         self._config = EngineConfig(**options)
@@ -77,6 +80,7 @@ class EngineArm:
         self._is_filled = is_filled
         self._is_foretold = is_foretold
         self._is_eager = is_eager
+        self._link_bytes_per_s = link_bytes_per_s
         self._foretold: dict[str, list[Pass]] = {}
         self._opened: Engine | None = None
 
@@ -88,6 +92,7 @@ class EngineArm:
     def load(self) -> Subject:
         """Load the model, and the experts where the arm holds them all."""
         self._opened = Engine.from_config(self._config, model=self._model, store=self._store)
+        self._throttle()
         if self._is_filled:
             _fill(self._engine)
         if self._is_eager:
@@ -163,6 +168,7 @@ class EngineArm:
             self._opened = Engine(
                 engine.loaded, tier, config=self._config, tokenizer=engine.tokenizer
             )
+            self._throttle()
         return drop_page_cache(self._files())
 
     def run(self, passages: list[Passage]) -> Measurement:
@@ -186,6 +192,10 @@ class EngineArm:
             for passage in passages:
                 self._decode(passage, witness=witness)
         return witness.timeline(arm)
+
+    def _throttle(self) -> None:
+        if self._link_bytes_per_s is not None:
+            throttle(self._engine.tier.transfers, self._link_bytes_per_s)
 
     def close(self) -> None:
         """Free what the arm holds; idempotent."""

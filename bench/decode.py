@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 from ..runtime.errors import OutriderError, UsageError
@@ -37,7 +38,8 @@ class DecodeOptions:
     repetitions are made, at least 3 (or `repetitions`); rows say how many.
     `memory_limit` holds for every arm but resident ones, page cache included, once it has loaded:
     bytes, or "auto" for budget, dense weights and RESERVE_BYTES; `link_bytes_per_s` throttles all
-    their reads from disk (`fence`). `llama` is a Python with llama-cpp-python and a GGUF file.
+    their reads from disk (`throttle`; other systems' by `fence`). `llama` is a Python with
+    llama-cpp-python and a GGUF file.
     """
 
     model: str | None = None
@@ -81,10 +83,7 @@ def bench_decode(options: DecodeOptions, *, progress: Progress | None = None) ->
     before = environment()
     bench = _Bench(options, progress or (lambda what, done, total: None))
     with ExitStack() as stack:
-        fence = _fence("probe", options, stack)
-        bench.probe = stack.enter_context(
-            Worker("probe", {}, num_threads=options.num_threads, fence=fence)
-        )
+        bench.probe = stack.enter_context(Worker("probe", {}, num_threads=options.num_threads))
         kept: dict[str, Worker] = {}
         for budget in options.budgets:
             with ExitStack() as block:
@@ -114,14 +113,19 @@ def _check(options: DecodeOptions) -> None:
         raise UsageError("each arm is named once, and at least one --expert-memory is needed")
 
 
-def _fence(name: str, options: DecodeOptions, stack: ExitStack) -> Fence | None:
-    """A fence that goes away with `stack`, its reads throttled; None where nothing is limited."""
-    if options.memory_limit is None and options.link_bytes_per_s is None:
+def _fence(name: str, arm: Arm, options: DecodeOptions, stack: ExitStack) -> Fence | None:
+    """A fence around an arm that goes away with `stack`; None where nothing is limited.
+
+    Another system's reads are throttled by it; ours throttle themselves (`throttle`).
+    """
+    rate = options.link_bytes_per_s if arm.is_external else None
+    if arm.is_resident or (options.memory_limit is None and rate is None):
         return None
-    fence = stack.enter_context(Fence(f"outrider-{os.getpid()}-{name.replace(':', '-')}"))
-    if options.link_bytes_per_s is not None:
-        folder = resolve_folder(options.model)
-        fence.limit_reads(options.link_bytes_per_s, folder=folder)
+    fence = stack.enter_context(Fence(f"outrider-{os.getpid()}-{name}"))
+    if rate is not None:
+        file = arm.arguments.get("file")
+        folder = resolve_folder(options.model) if file is None else Path(file).parent
+        fence.limit_reads(rate, folder=folder)
     return fence
 
 
@@ -163,7 +167,7 @@ class _Bench:
 
         def start(name: str, arm: Arm, **more: Any) -> None:
             stack = across if arm.is_resident else block
-            fence = None if arm.is_resident else _fence(name, self.options, stack)
+            fence = _fence(name, arm, self.options, stack)
             arguments = {**arm.arguments, **more}
             threads = self.options.num_threads
             worker = Worker(arm.kind, arguments, num_threads=threads, fence=fence)
@@ -305,7 +309,7 @@ class _Bench:
             if repetition >= MIN_REPETITIONS and taken_s * (1 + 1 / repetition) > share_s:
                 break
             seed = self.options.seed + repetition
-            bandwidths.append(self.probe.call("measure", first.files, seed, kind=Bandwidths))
+            bandwidths.append(self._probed(first.files, seed))
             for position, (name, worker) in enumerate(arms.items()):
                 self._tell(what, repetition * len(arms) + position, total)
                 is_emptied = is_cold and name != lineup.LLAMA_RESIDENT
@@ -343,6 +347,13 @@ class _Bench:
                     "reference": paired,
                 }
             )
+
+    def _probed(self, files: list[str], seed: int) -> Bandwidths:
+        found: Bandwidths = self.probe.call("measure", files, seed, kind=Bandwidths)
+        limit = self.options.link_bytes_per_s
+        if limit is None:
+            return found
+        return replace(found, link_bytes_per_s=min(found.link_bytes_per_s, limit))
 
     def _has_reference_logits(self, worker: Worker) -> bool:
         assert self._reference is not None

@@ -6,6 +6,7 @@ Knows no arm.
 """
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from ..runtime.errors import UsageError
 
 _MOUNTS = Path("/proc/self/mounts")
 _OWN_GROUPS = Path("/proc/self/cgroup")
+_NOT_IN_NAMES = re.compile(r"[^\w.-]+")
 _UNLIMITED_V1 = "-1"
 _REMOVAL_TRIES = 50
 _REMOVAL_PAUSE_S = 0.02
@@ -23,13 +25,15 @@ _REMOVAL_PAUSE_S = 0.02
 class Fence:
     """One group of processes with a limit each of memory and disk reads. A context manager.
 
+    Of `name`, which may hold a path, what no folder's name can hold is replaced by dashes.
     Raises UsageError where this user may not make control groups.
     """
 
     def __init__(self, name: str) -> None:
         self._memory, self._is_v2 = _own_group("memory")
         self._io = _own_group("io" if self._is_v2 else "blkio")[0]
-        self._groups = [group / name for group in dict.fromkeys((self._memory, self._io))]
+        folder = _NOT_IN_NAMES.sub("-", name)
+        self._groups = [group / folder for group in dict.fromkeys((self._memory, self._io))]
         self.kind = f"control group v{2 if self._is_v2 else 1}"
         with _explained("make a control group"):
             if self._is_v2:

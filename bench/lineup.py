@@ -40,6 +40,8 @@ class Options(Protocol):
     def prompt_tokens(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def link_bytes_per_s(self) -> int | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,8 @@ def arm(name: str, budget: str, options: Options) -> Arm:
         more = {"is_foretold": True}
     elif name.startswith(_WITH_PREDICTOR):
         config |= {"predictor": _predictor(name)}
+    if name not in _RESIDENT:
+        more["link_bytes_per_s"] = options.link_bytes_per_s
     arguments = {"model": options.model, "store": options.store, "options": config, **more}
     return Arm("engine", arguments, is_resident=name in _RESIDENT)
 

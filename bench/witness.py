@@ -13,6 +13,7 @@ from typing import Any
 from ..collect.schema import ExpertKey
 from ..runtime.experts.cache import Kind, Slot
 from ..runtime.experts.transfer import Transfer
+from .throttle import disk_of
 from .timeline import LINK, PROCESSOR, Span, line_of
 
 COMPUTING, WAITING = "computing", "waiting"
@@ -54,8 +55,8 @@ class Witness:
 @contextmanager
 def watched(transfers: Any) -> Iterator[Witness]:
     """Watch a ThreadTransfer, or the one that a tiered engine reads from disk with."""
-    witness, threads = Witness(), _reading(transfers)
-    submit, disk_submit, reader = transfers.submit, threads.submit, threads._reader
+    witness, threads = Witness(), disk_of(transfers)
+    submit, disk_submit, reader = transfers.submit, threads.submit, threads.reader
     named: dict[int, str] = {}
 
     def noting(submit: Callable[..., Any]) -> Callable[[ExpertKey, Slot, Kind], Transfer]:
@@ -72,11 +73,11 @@ def watched(transfers: Any) -> Iterator[Witness]:
     threads.submit = noting(disk_submit)
     if threads is not transfers:
         transfers.submit = noting(submit)
-    threads._reader = _WatchedReader(reader, witness, named)
+    threads.reader = _WatchedReader(reader, witness, named)
     try:
         yield witness
     finally:
-        threads._reader = reader
+        threads.reader = reader
         del threads.submit
         if threads is not transfers:
             del transfers.submit
@@ -99,10 +100,6 @@ class _WatchedReader:
 
     def close(self) -> None:
         self._reader.close()
-
-
-def _reading(transfers: Any) -> Any:
-    return transfers if hasattr(transfers, "_reader") else transfers._disk
 
 
 def _timed_wait(copy: Any, witness: Witness) -> Callable[[], None]:

@@ -1,6 +1,5 @@
 """One configuration on this machine: its steps one by one, and the routing that they followed."""
 
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,8 +10,7 @@ import torch
 
 from ...collect.schema import ExpertKey
 from ...predictors.base import Predictor
-from ...runtime.experts.pieces import Halt, split_extents
-from ...runtime.experts.reader import ReadPlan
+from ...runtime.experts.pieces import split_extents
 from ...runtime.experts.thread_transfer import PIECE_BYTES
 from ...runtime.models import adapter
 from ...runtime.request import GenerationRequest
@@ -53,48 +51,8 @@ class Observation:
         return [len(steps) / sum(one.wall_s for one in steps) for steps in self.repetitions]
 
 
-class ThrottledReader:
-    """A reader of files behind a disk of a given speed: each piece takes its bytes' time at least.
-
-    Pieces of all threads share the disk, one after the other.
-    """
-
-    def __init__(self, reader: Any, bytes_per_s: float) -> None:
-        self._reader = reader
-        self._bytes_per_s = bytes_per_s
-        self._lock = threading.Lock()
-        self._free_at = 0.0
-
-    def read_run(
-        self, plan: ReadPlan, run: range, *, slot: memoryview, bounce: memoryview, halt: Halt
-    ) -> int:
-        """As FileReader's; each piece is there when a disk of that speed would have it."""
-        for place, index in enumerate(run):
-            if halt.value:
-                return place
-            with self._lock:
-                now = time.perf_counter()
-                length = plan.pieces[index].length
-                self._free_at = max(self._free_at, now) + length / self._bytes_per_s
-                ends = self._free_at
-            one = range(index, index + 1)
-            self._reader.read_run(plan, one, slot=slot, bounce=bounce, halt=Halt(0))
-            while (left := ends - time.perf_counter()) > 0.0:
-                time.sleep(left)
-        return len(run)
-
-    def close(self) -> None:
-        """Close the files."""
-        self._reader.close()
-
-
 class Witness(EngineArm):
     """An arm of bench decode that also writes down each step and all router inputs."""
-
-    def throttle(self, bytes_per_s: float) -> None:
-        """Let reads come no faster from now on."""
-        transfers = self._engine.tier.transfers
-        transfers._reader = ThrottledReader(transfers._reader, bytes_per_s)  # type: ignore[assignment]
 
     @property
     def num_pieces(self) -> int:
@@ -202,11 +160,13 @@ def observe(
     configuration: Configuration, passages: list[Passage], *, repetitions: int
 ) -> Observation:
     """Run one configuration here: once untimed, then `repetitions` times. Blocks for seconds."""
-    arm = Witness(model=configuration.model, options=configuration.engine)
+    arm = Witness(
+        model=configuration.model,
+        options=configuration.engine,
+        link_bytes_per_s=configuration.throttle_bytes_per_s,
+    )
     try:
         subject = arm.load()
-        if configuration.throttle_bytes_per_s is not None:
-            arm.throttle(configuration.throttle_bytes_per_s)
         routing = arm.routing(passages)
         arm.follow(passages)
         timed = [arm.follow(passages) for _ in range(repetitions)]

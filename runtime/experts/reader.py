@@ -10,6 +10,7 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -37,6 +38,16 @@ class ReadPlan:
 
     pieces: Sequence[Piece]
     native: NativePieces | None = field(default=None, init=False)
+
+
+class PieceReader(Protocol):
+    """What copy threads read with; see FileReader, whose place another may take."""
+
+    def read_run(
+        self, plan: ReadPlan, run: range, *, slot: memoryview, bounce: memoryview, halt: Halt
+    ) -> int: ...
+
+    def close(self) -> None: ...
 
 
 class FileReader:

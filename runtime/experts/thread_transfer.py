@@ -19,7 +19,7 @@ from ..errors import TransferError
 from .cache import Kind, Slot
 from .layout import BLOCK_ALIGN, ExpertLayout, ExpertSource
 from .pieces import Halt, split_extents
-from .reader import FileReader, ReadPlan, bounce_buffer
+from .reader import FileReader, PieceReader, ReadPlan, bounce_buffer
 from .transfer import BandwidthMeter, Transfer
 
 logger = logging.getLogger(__name__)
@@ -97,7 +97,8 @@ class ThreadTransfer:
     takes less than waking a thread. `direct` as in FileReader. `verify` checks each
     copy against the source's checksum where it has one. A copy thread that dies fails the copy it
     was reading and sets `degraded`; when none is left, on-demand copies run in `submit` and
-    prefetches fail. `close` waits for reads that are under way.
+    prefetches fail. `close` waits for reads that are under way. `reader` may be replaced while no
+    copy is in flight.
     """
 
     def __init__(
@@ -121,7 +122,7 @@ class ThreadTransfer:
         self._piece_bytes = piece_bytes
         self._verify = verify
         self._stopping = threading.Event()
-        self._reader = FileReader(direct=direct, stopping=self._stopping)
+        self.reader: PieceReader = FileReader(direct=direct, stopping=self._stopping)
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         # Held by the one thread that reads while it waits, for `bounce`.
@@ -196,7 +197,7 @@ class ThreadTransfer:
         for thread in self._threads:
             thread.join()
         with self._calling:
-            self._reader.close()
+            self.reader.close()
             # An error that somebody keeps keeps its copy, and that this.
             self._bounce = memoryview(b"")
 
@@ -257,9 +258,7 @@ class ThreadTransfer:
         problem: str | None = "the copy thread died"
         count = 0
         try:
-            count = self._reader.read_run(
-                copy.plan, run, slot=copy.target, bounce=bounce, halt=halt
-            )
+            count = self.reader.read_run(copy.plan, run, slot=copy.target, bounce=bounce, halt=halt)
             problem = None
         except Exception as error:
             problem = str(error) if isinstance(error, TransferError) else repr(error)
@@ -349,7 +348,7 @@ class ThreadTransfer:
         began = time.perf_counter()
         problem, count, run = None, 0, range(len(copy.plan.pieces))
         try:
-            count = self._reader.read_run(
+            count = self.reader.read_run(
                 copy.plan, run, slot=copy.target, bounce=self._bounce, halt=self._halt
             )
         except Exception as error:

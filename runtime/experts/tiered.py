@@ -100,7 +100,7 @@ class TieredTransfer:
         self, disk: TransferEngine, link: Link, *, host: ExpertCache, source: ExpertSource
     ) -> None:
         self.host = host
-        self._disk = disk
+        self.disk = disk
         self._link = link
         self._source = source
         self._waiting: deque[TieredCopy] = deque()  # no host slot, or no place on the link yet
@@ -112,7 +112,7 @@ class TieredTransfer:
 
     @property
     def degraded(self) -> bool:
-        return self._disk.degraded
+        return self.disk.degraded
 
     def submit(self, key: ExpertKey, slot: Slot, kind: Kind) -> Transfer:
         if self._is_closed:
@@ -134,7 +134,7 @@ class TieredTransfer:
         if not isinstance(transfer, TieredCopy) or transfer.is_urgent:
             return
         if transfer.reading is not None:
-            self._disk.promote(transfer.reading)
+            self.disk.promote(transfer.reading)
         if transfer in self._waiting:
             self._waiting.remove(transfer)
             self._waiting.insert(self._num_urgent(), transfer)
@@ -146,7 +146,7 @@ class TieredTransfer:
 
     def bandwidth(self) -> float:
         """Of the way as it was so far: the link always, the disk for the share it had to serve."""
-        link, disk = self._link.bandwidth(), self._disk.bandwidth()
+        link, disk = self._link.bandwidth(), self.disk.bandwidth()
         if not link or (self.num_from_disk and not disk):
             return 0.0
         total = max(1, self.num_from_host + self.num_from_disk)
@@ -163,7 +163,7 @@ class TieredTransfer:
         self._is_closed = True
         for copy in list(self._waiting):
             self._fail(copy, TransferError(f"expert {copy.key}: the transfer engine was closed"))
-        self._disk.close()
+        self.disk.close()
         for copy in list(self._reading):
             self._end_reading(copy)
             self._fail(copy, TransferError(f"expert {copy.key}: the transfer engine was closed"))
@@ -229,7 +229,7 @@ class TieredTransfer:
         self._waiting.remove(copy)
         try:
             kind = Kind.ON_DEMAND if copy.is_urgent else Kind.PREFETCH
-            copy.reading = self._disk.submit(copy.key, host_slot, kind)
+            copy.reading = self.disk.submit(copy.key, host_slot, kind)
         except TransferError as error:
             self.host.abandon(host_slot)
             self._fail(copy, error)

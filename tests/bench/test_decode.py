@@ -379,6 +379,24 @@ def test_built_in_text_is_held_out_and_files_are_read_by_line(tmp_path: Path) ->
         read_texts(str(tmp_path / "absent"), 1)
 
 
+def test_a_slower_link_carries_no_more_than_it_can_and_changes_no_token(
+    tiny: Path, in_process: None
+) -> None:
+    rate = 200_000
+    rows = bench_decode(options(tiny, link_bytes_per_s=rate, repetitions=1))["rows"]
+    assert {row["cache"] for row in rows} == {"warm", "cold"}
+    for row in rows:
+        assert row["identical_logits"]
+        if row["arm"] == "resident":
+            assert row["link_limit_bytes_per_s"] is None
+            continue
+        assert row["link_limit_bytes_per_s"] == rate >= row["link_bytes_per_s"]
+        # A copy that began in the prompt may end in the first decode step.
+        first_bytes = row["expert_bytes"] / (2 * 5)
+        carried = row["bytes_per_token"] - first_bytes
+        assert carried > 0.0 and carried * row["tokens_per_second"] <= rate
+
+
 def test_a_watched_token_adds_up_and_leaves_the_engine_as_it_was(tmp_path):
     arm = EngineArm(model=None, options={"expert_memory": "10%", "prefetch": "off"})
     arm.load()
@@ -388,9 +406,9 @@ def test_a_watched_token_adds_up_and_leaves_the_engine_as_it_was(tmp_path):
         )
         chosen = arm.record(passages).token_ids
         transfers = arm._engine.tier.transfers
-        before = (transfers._reader, dict(vars(transfers)).keys())
+        before = (transfers.reader, dict(vars(transfers)).keys())
         line = arm.timeline(passages, "on demand")
-        assert (transfers._reader, dict(vars(transfers)).keys()) == before
+        assert (transfers.reader, dict(vars(transfers)).keys()) == before
         assert arm.run(passages).token_ids == chosen
     finally:
         arm.close()

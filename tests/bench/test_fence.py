@@ -68,6 +68,18 @@ def test_reads_are_no_faster_than_allowed(fence: Fence, tmp_path: Path) -> None:
     assert time.perf_counter() - began > 0.8
 
 
+def test_a_name_may_hold_a_path() -> None:
+    try:
+        made = Fence(f"outrider-test-{time.time_ns()}-prefetch:/some/folder with/predictor")
+    except UsageError as error:
+        if "make control groups" not in str(error) or "No such file" in str(error):
+            raise
+        pytest.skip(str(error))
+    with made:
+        assert all(group.is_dir() for group in made._groups)
+    assert not any(group.exists() for group in made._groups)
+
+
 def test_a_machine_without_control_groups_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,8 +12,9 @@ import pytest
 from outrider.bench import documents
 from outrider.bench.arm import EngineArm
 from outrider.bench.records import Subject
+from outrider.bench.throttle import ThrottledReader
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
-from outrider.bench.validation.machine import Observation, Step, ThrottledReader, observe
+from outrider.bench.validation.machine import Observation, Step, observe
 from outrider.bench.validation.model import Machine, Told, calibrate, lacking_layers, simulate
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts

@@ -104,7 +104,7 @@ def test_a_lost_descriptor_costs_only_its_transfers(
 ) -> None:
     with ThreadTransfer(loose, arena, piece_bytes=PIECE, direct=direct) as engine:
         engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
-        files = engine._reader._files
+        files = engine.reader._files
         path = min(files)
         opened = files[path]
         kept = [os.dup(one) for one in (opened.buffered, opened.direct) if one is not None]
