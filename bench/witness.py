@@ -55,7 +55,8 @@ class Witness:
 @contextmanager
 def watched(transfers: Any) -> Iterator[Witness]:
     """Watch a ThreadTransfer, or the one that a tiered engine reads from disk with."""
-    witness, threads = Witness(), disk_of(transfers)
+    witness = Witness()
+    threads: Any = disk_of(transfers)
     submit, disk_submit, reader = transfers.submit, threads.submit, threads.reader
     named: dict[int, str] = {}
 
