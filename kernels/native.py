@@ -122,7 +122,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_combine.argtypes = [pointer, pointer, pointer, wide, wide, wide, narrow, pointer]
     lib.outrider_read.argtypes = [pointer, wide, narrow]
     lib.outrider_read.restype = ctypes.c_float
-    lib.outrider_use_fork.argtypes, lib.outrider_use_fork.restype = [pointer, pointer], None
+    lib.outrider_use_fork.argtypes, lib.outrider_use_fork.restype = [pointer], None
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
     lib.outrider_has_bf16_products.argtypes = [narrow]
@@ -145,10 +145,9 @@ def borrow_threads(lib: ctypes.CDLL) -> bool:
     """
     gomp = _loaded_libgomp()
     if gomp is None:
-        lib.outrider_use_fork(None, None)
+        lib.outrider_use_fork(None)
         return False
-    calls = (gomp.GOMP_parallel, gomp.omp_get_num_threads)
-    lib.outrider_use_fork(*(ctypes.cast(call, ctypes.c_void_p) for call in calls))
+    lib.outrider_use_fork(ctypes.cast(gomp.GOMP_parallel, ctypes.c_void_p))
     return True
 
 

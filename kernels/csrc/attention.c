@@ -70,6 +70,10 @@ typedef struct {
     float *scratch;                        /* a part a thread */
     int64_t scratch_size;
     atomic_llong next[2];
+    uint8_t *x, *normed, *output; /* [rows, hidden] */
+    int64_t work;                 /* products of all heads */
+    int32_t way, num_threads;
+    int status;
 } Pass;
 
 /* Write one row of [heads, capacity, dim] from [heads, dim]. */
@@ -92,7 +96,7 @@ static void norm_heads(const Kernels *kernels, const Attention *attention, uint8
 }
 
 /* Norm and turn a row's queries and keys, and put its keys and values where they belong. */
-static void place_body(void *context, int32_t thread, int32_t num_threads) {
+static void place_body(void *context, int32_t thread) {
     Pass *pass = context;
     const Attention *attention = pass->attention;
     const Kernels *kernels = pass->kernels;
@@ -102,7 +106,6 @@ static void place_body(void *context, int32_t thread, int32_t num_threads) {
     int64_t larger = query_size > key_size ? query_size : key_size;
     float *wide = pass->scratch + thread * pass->scratch_size, *turned = wide + larger;
     float *cosine = turned + larger, *sine = cosine + dim;
-    (void)num_threads;
     for (const Past *past = pass->pasts;;) {
         int64_t row = atomic_fetch_add(&pass->next[0], 1);
         if (row >= pass->num_rows) break;
@@ -175,10 +178,9 @@ static void attend_block(const Pass *pass, const Block *block, int64_t head, flo
     }
 }
 
-static void heads_body(void *context, int32_t thread, int32_t num_threads) {
+static void heads_body(void *context, int32_t thread) {
     Pass *pass = context;
     int64_t num_heads = pass->attention->num_heads;
-    (void)num_threads;
     for (;;) {
         int64_t job = atomic_fetch_add(&pass->next[1], 1);
         if (job >= pass->num_blocks * num_heads) break;
@@ -201,6 +203,33 @@ static int64_t cut(Pass *pass, int64_t num_pasts) {
     return work;
 }
 
+static void run_pass(void *context) {
+    Pass *pass = context;
+    const Attention *attention = pass->attention;
+    int32_t format = attention->format, num_threads = pass->num_threads;
+    int64_t hidden = attention->query.k, width = width_of(format), num_rows = pass->num_rows;
+    int64_t query_size = attention->num_heads * attention->head_dim;
+    const Product inputs[] = {{&attention->query, pass->query},
+                              {&attention->key, pass->key},
+                              {&attention->value, pass->value}};
+    const Product output = {&attention->output, pass->output};
+    int status = outrider_rms_norm(pass->x, attention->norm, attention->eps, num_rows, hidden, format,
+                                   pass->normed, num_threads);
+    if (!status)
+        status = multiply_rows(inputs, 3, pass->normed, num_rows, hidden * width, format, pass->way,
+                               num_threads);
+    if (!status) {
+        run_parallel(place_body, pass, sharers_of(num_rows * query_size, num_threads));
+        run_parallel(heads_body, pass, sharers_of(pass->work, num_threads));
+        status = multiply_rows(&output, 1, pass->query, num_rows, query_size * width, format,
+                               pass->way, num_threads);
+    }
+    if (!status)
+        status = outrider_add_residual(pass->x, pass->output, NULL, num_rows, hidden, format,
+                                       num_threads);
+    pass->status = status;
+}
+
 /* x [rows, hidden] = round(x + attention of its norm); every past takes its rows' keys and values, for
    which there is room. The pasts' rows follow each other. cosines, sines [rows, dim] in the format. */
 int outrider_attend(const Attention *attention, uint8_t *x, int64_t num_rows, const Past *pasts,
@@ -212,10 +241,10 @@ int outrider_attend(const Attention *attention, uint8_t *x, int64_t num_rows, co
     int64_t query_size = attention->num_heads * dim, key_size = attention->num_kv_heads * dim;
     int64_t larger = query_size > key_size ? query_size : key_size;
     Pass pass = {.kernels = kernels, .attention = attention, .pasts = pasts, .num_rows = num_rows,
-                 .cosines = cosines, .sines = sines};
+                 .cosines = cosines, .sines = sines, .x = x, .way = way, .num_threads = num_threads};
     pass.blocks = malloc((size_t)num_rows * sizeof *pass.blocks);
     if (!pass.blocks) return NO_MEMORY;
-    int64_t work = cut(&pass, num_pasts);
+    pass.work = cut(&pass, num_pasts);
     int64_t heads_size = QUERIES * (kernels->values_size(format, dim) + pass.longest) + 2 * dim +
                          rows_scratch(dim);
     pass.scratch_size = 2 * larger + 2 * dim;
@@ -227,25 +256,13 @@ int outrider_attend(const Attention *attention, uint8_t *x, int64_t num_rows, co
     int status = memory ? OK : NO_MEMORY;
     if (!status) {
         pass.scratch = (float *)memory;
-        uint8_t *normed = memory + scratch, *output = normed + num_rows * hidden * width;
-        pass.query = output + num_rows * hidden * width;
+        pass.normed = memory + scratch;
+        pass.output = pass.normed + num_rows * hidden * width;
+        pass.query = pass.output + num_rows * hidden * width;
         pass.key = pass.query + num_rows * query_size * width;
         pass.value = pass.key + num_rows * key_size * width;
-        status = outrider_rms_norm(x, attention->norm, attention->eps, num_rows, hidden, format, normed,
-                                   num_threads);
-        const Matrix *matrices[] = {&attention->query, &attention->key, &attention->value};
-        uint8_t *outs[] = {pass.query, pass.key, pass.value};
-        for (int i = 0; i < 3 && !status; i++)
-            status = outrider_linear(matrices[i], normed, outs[i], num_rows, hidden * width, format,
-                                     way, num_threads);
-        if (!status) {
-            run_parallel(place_body, &pass, sharers_of(num_rows * query_size, num_threads));
-            run_parallel(heads_body, &pass, sharers_of(work, num_threads));
-            status = outrider_linear(&attention->output, pass.query, output, num_rows,
-                                     query_size * width, format, way, num_threads);
-        }
-        if (!status)
-            status = outrider_add_residual(x, output, NULL, num_rows, hidden, format, num_threads);
+        with_team(run_pass, &pass, num_threads);
+        status = pass.status;
     }
     free(memory);
     free(pass.blocks);

@@ -40,9 +40,8 @@ typedef struct Rows {
     atomic_llong next;
 } Rows;
 
-static void rows_body(void *context, int32_t thread, int32_t num_threads) {
+static void rows_body(void *context, int32_t thread) {
     Rows *rows = context;
-    (void)num_threads;
     for (;;) {
         int64_t row = atomic_fetch_add(&rows->next, 1);
         if (row >= rows->count) break;
@@ -111,28 +110,46 @@ static void activate_one(const Rows *rows, int64_t row, float *wide) {
     rows->kernels->narrow(rows->format, wide, rows->n, rows->out + at);
 }
 
+typedef struct {
+    const Mlp *mlp;
+    const uint8_t *x;
+    uint8_t *gate, *up, *out;
+    int64_t num_rows;
+    int32_t way, num_threads;
+    int status;
+} MlpCall;
+
+static void run_mlp(void *context) {
+    MlpCall *call = context;
+    const Mlp *mlp = call->mlp;
+    int64_t inner = mlp->gate.n, width = width_of(mlp->format);
+    const Product inputs[] = {{&mlp->gate, call->gate}, {&mlp->up, call->up}};
+    const Product output = {&mlp->down, call->out};
+    int status = multiply_rows(inputs, 2, call->x, call->num_rows, mlp->gate.k * width, mlp->format,
+                               call->way, call->num_threads);
+    if (!status) {
+        Rows rows = {.one = activate_one, .x = call->gate, .y = call->up, .out = call->gate,
+                     .count = call->num_rows, .n = inner, .format = mlp->format,
+                     .activation = mlp->activation};
+        status = each_row(&rows, call->num_threads);
+    }
+    if (!status)
+        status = multiply_rows(&output, 1, call->gate, call->num_rows, inner * width, mlp->format,
+                               call->way, call->num_threads);
+    call->status = status;
+}
+
 /* out [rows, hidden] = down(activation(gate x) * up x). */
 int outrider_gated_mlp(const Mlp *mlp, const uint8_t *x, int64_t num_rows, uint8_t *out, int32_t way,
                        int32_t num_threads) {
-    int64_t inner = mlp->gate.n, width = width_of(mlp->format);
-    uint8_t *gate = malloc((size_t)(2 * num_rows * inner * width)), *up = NULL;
+    int64_t size = num_rows * mlp->gate.n * width_of(mlp->format);
+    uint8_t *gate = malloc((size_t)(2 * size));
     if (!gate) return NO_MEMORY;
-    up = gate + num_rows * inner * width;
-    int status = outrider_linear(&mlp->gate, x, gate, num_rows, mlp->gate.k * width, mlp->format,
-                                 way, num_threads);
-    if (!status)
-        status = outrider_linear(&mlp->up, x, up, num_rows, mlp->up.k * width, mlp->format, way,
-                                 num_threads);
-    if (!status) {
-        Rows rows = {.one = activate_one, .x = gate, .y = up, .out = gate, .count = num_rows, .n = inner,
-                     .format = mlp->format, .activation = mlp->activation};
-        status = each_row(&rows, num_threads);
-    }
-    if (!status)
-        status = outrider_linear(&mlp->down, gate, out, num_rows, inner * width, mlp->format, way,
-                                 num_threads);
+    MlpCall call = {.mlp = mlp, .x = x, .gate = gate, .up = gate + size, .out = out,
+                    .num_rows = num_rows, .way = way, .num_threads = num_threads};
+    with_team(run_mlp, &call, num_threads);
     free(gate);
-    return status;
+    return call.status;
 }
 
 /* out[rows[i]] [hidden] = the output of the expert in slots[i] for the one token x, unweighted; `out` has

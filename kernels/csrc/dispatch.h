@@ -20,4 +20,15 @@ const Kernels *active_kernels(void);
 void streamed(const Kernels *kernels, int32_t format, const Run *run, const Prepared *tokens,
               int64_t count, float *scratch, float *out, int64_t stride);
 
+/* One of several products of the same inputs. */
+enum { MAX_PRODUCTS = 3 };
+typedef struct {
+    const Matrix *matrix;
+    uint8_t *out; /* [num_tokens, n] */
+} Product;
+
+/* out [num_tokens, n] = x [num_tokens, k] times each matrix, plus its bias; up to MAX_PRODUCTS. */
+int multiply_rows(const Product *products, int64_t num_products, const uint8_t *x, int64_t num_tokens,
+                  int64_t x_stride, int32_t format, int32_t way, int32_t num_threads);
+
 #endif

@@ -12,7 +12,7 @@
 
 #include "dispatch.h"
 
-enum { CHUNK = 128, TILE_CHUNK = 24, TOKENS_AT_ONCE = 256 };
+enum { CHUNK = 128, LAST = 32, TILE_CHUNK = 24, TOKENS_AT_ONCE = 256, SERIAL_TOKENS = 4 };
 
 typedef struct {
     int64_t slot, begin, count;
@@ -32,11 +32,14 @@ typedef struct {
     uint16_t *x_pairs;                              /* [T, pairs] */
     float *h, *h_values, *h_sums;                   /* by row of `order`, or of the current tile */
     uint16_t *h_pairs;
-    float *scratch;
-    int64_t scratch_size, sub;
-    atomic_int *finished; /* parts of a 128-chunk of h that are there */
-    atomic_llong *next;   /* job counters, one a phase */
-    Barrier barrier;
+    float *scratch; /* a part a thread, of which the end is `buffer_of` */
+    int64_t scratch_size;
+    atomic_int *finished;       /* parts of a 128-chunk of h that are there */
+    const Group *group;         /* of the phases of a large one: which, and its tokens from `skip` on */
+    int64_t skip;
+    const Prepared *tokens;
+    int32_t num_threads;
+    atomic_llong next; /* job counter of the phase */
 } Plan;
 
 static int64_t read_index(const void *indices, int32_t wide, int64_t i) {
@@ -127,14 +130,24 @@ static void down(const Plan *plan, const Group *group, int64_t skip, int64_t fro
     }
 }
 
-static void prepare_tokens(const Plan *plan, float *scratch) {
+static float *scratch_of(const Plan *plan, int32_t thread) {
+    return plan->scratch + thread * plan->scratch_size;
+}
+
+static float *buffer_of(const Plan *plan, int32_t thread) {
+    return scratch_of(plan, thread + 1) - 2 * TOKENS_AT_ONCE * TILE_CHUNK;
+}
+
+static void prepare_body(void *context, int32_t thread) {
+    Plan *plan = context;
     const Inputs *in = plan->in;
     const Kernels *kernels = plan->kernels;
     int32_t format = plan->experts->gate_up.format;
     int64_t k = plan->experts->gate_up.k;
     int all_in_pairs = plan->in_pairs && plan->num_small == 0;
+    float *scratch = scratch_of(plan, thread);
     for (;;) {
-        int64_t t = atomic_fetch_add(&plan->next[0], 1);
+        int64_t t = atomic_fetch_add(&plan->next, 1);
         if (t >= in->num_tokens) return;
         kernels->widen(in->format, in->x + t * in->x_stride, k, scratch);
         if (!all_in_pairs)
@@ -165,112 +178,149 @@ static void prepare_inner(const Plan *plan, int64_t row, int64_t from, int64_t t
                            plan->h_sums + row * plan->inner_sums);
 }
 
-/* All experts with few tokens: jobs are parts of 128-chunks of gate and up rows, then of down rows. */
-static void small_groups(Plan *plan, int32_t num_threads, float *scratch, float *buffer) {
-    int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
-    int64_t chunks = ceil_div(inner, CHUNK), parts = CHUNK / plan->sub;
-    for (;;) {
-        int64_t job = atomic_fetch_add(&plan->next[1], 1);
-        int64_t chunk = job / parts, g = chunk / chunks;
-        if (g >= plan->num_small) break;
-        const Group *group = &plan->groups[g];
-        int64_t start = chunk % chunks * CHUNK, from = start + job % parts * plan->sub;
-        int64_t rows = min64(plan->sub, inner - from);
-        if (rows > 0) {
-            for (int64_t skip = 0; skip < group->count; skip += MAX_ROW_TOKENS) {
-                int64_t few = min64(group->count - skip, MAX_ROW_TOKENS), at = group->begin + skip;
-                Prepared tokens[MAX_ROW_TOKENS];
-                for (int64_t m = 0; m < few; m++) tokens[m] = token_of(plan, at + m);
-                gate_and_up(plan, group->slot, from, rows, tokens, few, 0, scratch, buffer,
-                            plan->h + at * inner + from, inner);
-            }
+/* Jobs are chunks of CHUNK rows, the last ones in parts of LAST rows, so that threads end together. */
+typedef struct {
+    int64_t chunk, from, rows, parts;
+} Job;
+
+static int next_job(Plan *plan, int64_t num_chunks, Job *job) {
+    int64_t whole = num_chunks - 4 * plan->num_threads, at = atomic_fetch_add(&plan->next, 1);
+    if (whole < 0) whole = 0;
+    if (at < whole) {
+        *job = (Job){at, 0, CHUNK, 1};
+        return 1;
+    }
+    at -= whole;
+    *job = (Job){whole + at / (CHUNK / LAST), at % (CHUNK / LAST) * LAST, LAST, CHUNK / LAST};
+    return job->chunk < num_chunks;
+}
+
+/* All experts with few tokens: their gate and up rows. */
+static void small_gate_up_body(void *context, int32_t thread) {
+    Plan *plan = context;
+    float *scratch = scratch_of(plan, thread), *buffer = buffer_of(plan, thread);
+    int64_t inner = plan->experts->down.k, chunks = ceil_div(inner, CHUNK);
+    for (Job job; next_job(plan, plan->num_small * chunks, &job);) {
+        const Group *group = &plan->groups[job.chunk / chunks];
+        int64_t start = job.chunk % chunks * CHUNK, from = start + job.from;
+        int64_t rows = min64(job.rows, inner - from);
+        for (int64_t skip = 0; skip < group->count && rows > 0; skip += MAX_ROW_TOKENS) {
+            int64_t few = min64(group->count - skip, MAX_ROW_TOKENS), at = group->begin + skip;
+            Prepared tokens[MAX_ROW_TOKENS];
+            for (int64_t m = 0; m < few; m++) tokens[m] = token_of(plan, at + m);
+            gate_and_up(plan, group->slot, from, rows, tokens, few, 0, scratch, buffer,
+                        plan->h + at * inner + from, inner);
         }
         /* Whoever finishes a chunk last lays it out for the down rows. */
-        if (atomic_fetch_add(&plan->finished[chunk], 1) == parts - 1)
+        if (atomic_fetch_add(&plan->finished[job.chunk], 1) == job.parts - 1)
             for (int64_t m = 0; m < group->count; m++)
                 prepare_inner(plan, group->begin + m, start, min64(start + CHUNK, inner));
     }
-    barrier_wait(&plan->barrier, num_threads);
-    chunks = ceil_div(hidden, plan->sub);
-    for (;;) {
-        int64_t job = atomic_fetch_add(&plan->next[2], 1), g = job / chunks;
-        if (g >= plan->num_small) break;
-        const Group *group = &plan->groups[g];
-        int64_t from = job % chunks * plan->sub;
-        for (int64_t skip = 0; skip < group->count; skip += MAX_ROW_TOKENS) {
+}
+
+/* All experts with few tokens: their down rows. */
+static void small_down_body(void *context, int32_t thread) {
+    Plan *plan = context;
+    int64_t hidden = plan->experts->down.n, chunks = ceil_div(hidden, CHUNK);
+    for (Job job; next_job(plan, plan->num_small * chunks, &job);) {
+        const Group *group = &plan->groups[job.chunk / chunks];
+        int64_t from = job.chunk % chunks * CHUNK + job.from, rows = min64(job.rows, hidden - from);
+        for (int64_t skip = 0; skip < group->count && rows > 0; skip += MAX_ROW_TOKENS) {
             int64_t few = min64(group->count - skip, MAX_ROW_TOKENS);
             Prepared tokens[MAX_ROW_TOKENS];
             for (int64_t m = 0; m < few; m++) tokens[m] = inner_of(plan, group->begin + skip + m);
-            down(plan, group, skip, from, min64(plan->sub, hidden - from), tokens, few, 0, scratch,
-                 buffer);
+            down(plan, group, skip, from, rows, tokens, few, 0, scratch_of(plan, thread),
+                 buffer_of(plan, thread));
         }
     }
 }
 
-/* One expert, up to TOKENS_AT_ONCE of its tokens; `next` are this step's three job counters. */
-static void large_group(Plan *plan, const Group *group, int64_t skip, atomic_llong *next,
-                        int32_t num_threads, float *scratch, float *buffer) {
-    int64_t inner = plan->experts->down.k, hidden = plan->experts->down.n;
-    int64_t count = min64(group->count - skip, TOKENS_AT_ONCE);
-    Prepared tokens[TOKENS_AT_ONCE];
-    for (int64_t m = 0; m < count; m++) tokens[m] = token_of(plan, group->begin + skip + m);
+static int64_t large_count(const Plan *plan) {
+    return min64(plan->group->count - plan->skip, TOKENS_AT_ONCE);
+}
+
+static void large_gate_up_body(void *context, int32_t thread) {
+    Plan *plan = context;
+    int64_t inner = plan->experts->down.k;
     for (;;) {
-        int64_t from = atomic_fetch_add(&next[0], 1) * TILE_CHUNK;
+        int64_t from = atomic_fetch_add(&plan->next, 1) * TILE_CHUNK;
         if (from >= inner) break;
-        gate_and_up(plan, group->slot, from, min64(TILE_CHUNK, inner - from), tokens, count, 1,
-                    scratch, buffer, plan->h + from, inner);
+        gate_and_up(plan, plan->group->slot, from, min64(TILE_CHUNK, inner - from), plan->tokens,
+                    large_count(plan), 1, scratch_of(plan, thread), buffer_of(plan, thread),
+                    plan->h + from, inner);
     }
-    barrier_wait(&plan->barrier, num_threads);
+}
+
+static void large_inner_body(void *context, int32_t thread) {
+    Plan *plan = context;
+    int64_t inner = plan->experts->down.k;
+    (void)thread;
     for (;;) {
-        int64_t row = atomic_fetch_add(&next[1], 1);
-        if (row >= count) break;
+        int64_t row = atomic_fetch_add(&plan->next, 1);
+        if (row >= large_count(plan)) break;
         if (plan->in_pairs)
             plan->kernels->prepare_pairs(plan->experts->down.format, plan->h + row * inner, inner,
                                          plan->h_pairs + row * plan->inner_pairs);
         else
             prepare_inner(plan, row, 0, inner);
     }
-    barrier_wait(&plan->barrier, num_threads);
-    for (int64_t m = 0; m < count; m++) tokens[m] = inner_of(plan, m);
-    for (;;) {
-        int64_t from = atomic_fetch_add(&next[2], 1) * TILE_CHUNK;
-        if (from >= hidden) break;
-        down(plan, group, skip, from, min64(TILE_CHUNK, hidden - from), tokens, count, 1,
-             scratch, buffer);
-    }
-    barrier_wait(&plan->barrier, num_threads);
 }
 
-static void experts_body(void *context, int32_t thread, int32_t num_threads) {
+static void large_down_body(void *context, int32_t thread) {
     Plan *plan = context;
-    float *scratch = plan->scratch + thread * plan->scratch_size;
-    float *buffer = scratch + plan->scratch_size - 2 * TOKENS_AT_ONCE * TILE_CHUNK;
-    int64_t step = 0;
-    prepare_tokens(plan, scratch);
-    barrier_wait(&plan->barrier, num_threads);
-    small_groups(plan, num_threads, scratch, buffer);
-    if (plan->num_small == plan->num_groups) return;
-    barrier_wait(&plan->barrier, num_threads);
-    for (int64_t g = plan->num_small; g < plan->num_groups; g++)
-        for (int64_t skip = 0; skip < plan->groups[g].count; skip += TOKENS_AT_ONCE, step++)
-            large_group(plan, &plan->groups[g], skip, plan->next + 3 + 3 * step, num_threads,
-                        scratch, buffer);
+    int64_t hidden = plan->experts->down.n;
+    for (;;) {
+        int64_t from = atomic_fetch_add(&plan->next, 1) * TILE_CHUNK;
+        if (from >= hidden) break;
+        down(plan, plan->group, plan->skip, from, min64(TILE_CHUNK, hidden - from), plan->tokens,
+             large_count(plan), 1, scratch_of(plan, thread), buffer_of(plan, thread));
+    }
 }
 
-/* Sort the assignments by slot (stable) and list the groups, those with few tokens first. Returns the
-   number of steps that the others take, or -1 without memory. */
-static int64_t group_assignments(Plan *plan) {
+static void phase(Plan *plan, Body body, int32_t num_threads) {
+    atomic_store(&plan->next, 0);
+    run_parallel(body, plan, num_threads);
+}
+
+/* One expert, up to TOKENS_AT_ONCE of its tokens from plan->skip on. */
+static void large_group(Plan *plan) {
+    Prepared tokens[TOKENS_AT_ONCE];
+    int64_t count = large_count(plan);
+    plan->tokens = tokens;
+    for (int64_t m = 0; m < count; m++)
+        tokens[m] = token_of(plan, plan->group->begin + plan->skip + m);
+    phase(plan, large_gate_up_body, plan->num_threads);
+    phase(plan, large_inner_body, plan->num_threads);
+    for (int64_t m = 0; m < count; m++) tokens[m] = inner_of(plan, m);
+    phase(plan, large_down_body, plan->num_threads);
+}
+
+static void run_plan(void *context) {
+    Plan *plan = context;
+    phase(plan, prepare_body, plan->in->num_tokens < SERIAL_TOKENS ? 1 : plan->num_threads);
+    if (plan->num_small) {
+        phase(plan, small_gate_up_body, plan->num_threads);
+        phase(plan, small_down_body, plan->num_threads);
+    }
+    for (int64_t g = plan->num_small; g < plan->num_groups; g++) {
+        plan->group = &plan->groups[g];
+        for (plan->skip = 0; plan->skip < plan->group->count; plan->skip += TOKENS_AT_ONCE)
+            large_group(plan);
+    }
+}
+
+/* Sort the assignments by slot (stable) and list the groups, those with few tokens first. */
+static int group_assignments(Plan *plan) {
     const Inputs *in = plan->in;
-    int64_t num_slots = plan->experts->num_slots, n = in->num_assignments, steps = 0, at = 0;
+    int64_t num_slots = plan->experts->num_slots, n = in->num_assignments, at = 0;
     int64_t *counts = calloc((size_t)num_slots + 1, sizeof *counts);
-    if (!counts) return -1;
+    if (!counts) return NO_MEMORY;
     for (int64_t i = 0; i < n; i++) counts[read_index(in->slot_ids, in->slot_ids_wide, i)]++;
     for (int large = 0; large < 2; large++) {
         for (int64_t slot = 0; slot < num_slots; slot++)
             if (counts[slot] && is_tiled(in->way, counts[slot]) == large) {
                 plan->groups[plan->num_groups++] = (Group){slot, at, counts[slot]};
                 at += counts[slot];
-                if (large) steps += ceil_div(counts[slot], TOKENS_AT_ONCE);
             }
         if (!large) plan->num_small = plan->num_groups;
     }
@@ -279,7 +329,7 @@ static int64_t group_assignments(Plan *plan) {
     for (int64_t i = 0; i < n; i++)
         plan->order[counts[read_index(in->slot_ids, in->slot_ids_wide, i)]++] = i;
     free(counts);
-    return steps;
+    return OK;
 }
 
 static int check(const Experts *experts, const Inputs *in) {
@@ -305,7 +355,7 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
     int64_t n = in->num_assignments, hidden = experts->down.n, inner = experts->down.k;
     int status = check(experts, in);
     if (status != OK || n == 0) return status;
-    Plan plan = {.kernels = kernels, .experts = experts, .in = in};
+    Plan plan = {.kernels = kernels, .experts = experts, .in = in, .num_threads = num_threads};
     plan.values = kernels->values_size(experts->gate_up.format, hidden);
     plan.sums = (kernels->sums_size(experts->gate_up.format, hidden) + 15) / 16 * 16;
     plan.inner_values = kernels->values_size(experts->down.format, inner);
@@ -318,28 +368,27 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
     }
     plan.groups = malloc(sizeof(Group) * (size_t)min64(n, experts->num_slots));
     plan.order = malloc(sizeof(int64_t) * (size_t)n);
-    int64_t steps = plan.groups && plan.order ? group_assignments(&plan) : -1;
-    if (steps >= 0) {
+    status = plan.groups && plan.order ? group_assignments(&plan) : NO_MEMORY;
+    if (status == OK) {
         int64_t small_rows = plan.num_small < plan.num_groups ? plan.groups[plan.num_small].begin : n;
-        int64_t rows = steps && small_rows < TOKENS_AT_ONCE ? TOKENS_AT_ONCE : small_rows;
+        int is_mixed = plan.num_small < plan.num_groups;
+        int64_t rows = is_mixed && small_rows < TOKENS_AT_ONCE ? TOKENS_AT_ONCE : small_rows;
         int64_t chunks = plan.num_small * ceil_div(inner, CHUNK) + 1;
         int64_t longest = hidden > inner ? hidden : inner;
         plan.scratch_size = (kernels->tiles_scratch > longest ? kernels->tiles_scratch : longest) +
                             16 * (longest / GROUP + 32) + 2 * TOKENS_AT_ONCE * TILE_CHUNK;
         plan.scratch_size = (plan.scratch_size + 15) / 16 * 16;
-        plan.sub = CHUNK;
-        while (plan.sub > 32 && chunks * (CHUNK / plan.sub) < 16 * num_threads) plan.sub /= 2;
         int64_t sizes[] = {
             4 * in->num_tokens * plan.values, 4 * in->num_tokens * plan.sums,
             4 * rows * inner,                 4 * rows * plan.inner_values,
             4 * rows * plan.inner_sums,       4 * num_threads * plan.scratch_size,
             2 * in->num_tokens * plan.pairs,  2 * rows * plan.inner_pairs,
-            (int64_t)sizeof(atomic_int) * chunks, (int64_t)sizeof(atomic_llong) * (3 + 3 * steps)};
+            (int64_t)sizeof(atomic_int) * chunks};
         int64_t total = 64;
         for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++) total += sizes[i] + 64;
         uint8_t *memory = malloc((size_t)total), *at = memory;
         if (!memory) {
-            steps = -1;
+            status = NO_MEMORY;
         } else {
             at += (64 - (uintptr_t)at % 64) % 64;
             plan.x_values = take(&at, sizes[0]);
@@ -351,14 +400,12 @@ int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t nu
             plan.x_pairs = take(&at, sizes[6]);
             plan.h_pairs = take(&at, sizes[7]);
             plan.finished = take(&at, sizes[8]);
-            plan.next = take(&at, sizes[9]);
             memset(plan.finished, 0, (size_t)sizes[8]);
-            memset(plan.next, 0, (size_t)sizes[9]);
-            run_parallel(experts_body, &plan, num_threads);
+            with_team(run_plan, &plan, num_threads);
             free(memory);
         }
     }
     free(plan.groups);
     free(plan.order);
-    return steps < 0 ? NO_MEMORY : OK;
+    return status;
 }

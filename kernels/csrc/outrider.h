@@ -105,14 +105,13 @@ static inline int64_t scale_bytes(int32_t format, int64_t k) {
     }
 }
 
-/* Run body(context, thread, num_threads) on num_threads threads at once; returns when all are done. */
-typedef void (*Body)(void *context, int32_t thread, int32_t num_threads);
+/* Run body(context, thread) on up to num_threads threads, the caller as thread 0; returns when the work
+   is done. A body takes pieces of work from a counter until there are none: others may come late or not
+   at all, and nobody waits for who has not begun. */
+typedef void (*Body)(void *context, int32_t thread);
 void run_parallel(Body body, void *context, int32_t num_threads);
 
-/* Where the threads of one body meet. Zero-initialised; `waiters` threads must come. */
-typedef struct {
-    _Atomic int32_t arrived, generation;
-} Barrier;
-void barrier_wait(Barrier *barrier, int32_t waiters);
+/* Call call(context) with threads at hand, so that each run_parallel in it wakes nobody up. */
+void with_team(void (*call)(void *context), void *context, int32_t num_threads);
 
 #endif

@@ -9,19 +9,13 @@
 
 enum { MAX_THREADS = 256, SPINS = 2000 };
 
-/* libgomp's entry point: fn(data) on num_threads threads, the caller among them, or on fewer; and how
-   many they are, asked inside. */
+/* libgomp's entry point: fn(data) on num_threads threads, the caller among them, or on fewer. */
 typedef void (*Fork)(void (*fn)(void *), void *data, unsigned num_threads, unsigned flags);
-typedef int (*TeamSize)(void);
 
 static _Atomic(Fork) fork_call;
-static _Atomic(TeamSize) fork_size;
 
-/* Borrow the threads of libgomp's GOMP_parallel and omp_get_num_threads; NULLs return to the pool. */
-void outrider_use_fork(void *parallel, void *num_threads) {
-    atomic_store(&fork_size, (TeamSize)num_threads);
-    atomic_store(&fork_call, (Fork)parallel);
-}
+/* Borrow the threads of libgomp's GOMP_parallel; NULL returns to the pool. */
+void outrider_use_fork(void *parallel) { atomic_store(&fork_call, (Fork)parallel); }
 
 static void relax(int32_t spins) {
 #if defined(__x86_64__)
@@ -39,27 +33,56 @@ static void relax(int32_t spins) {
     sched_yield();
 }
 
-void barrier_wait(Barrier *barrier, int32_t waiters) {
-    int32_t generation = atomic_load(&barrier->generation);
-    if (atomic_fetch_add(&barrier->arrived, 1) == waiters - 1) {
-        atomic_store(&barrier->arrived, 0);
-        atomic_store(&barrier->generation, generation + 1);
-        return;
-    }
-    for (int32_t spins = 0; atomic_load(&barrier->generation) == generation; spins++) relax(spins);
-}
-
+/* Threads held by one caller. `ticket` is odd while there is work to join, and another number each time;
+   `inside` counts who has joined it. So work ends when its pieces do, whoever was asleep meanwhile. */
 typedef struct {
-    Body body;
+    void (*call)(void *);
     void *context;
-    int32_t num_threads; /* 0: ask the library whose threads these are */
-    atomic_int next;
+    pthread_t leader;
+    int32_t num_threads;
+    atomic_int num_members;
+    Body body;
+    void *work;
+    _Alignas(64) _Atomic uint32_t ticket;
+    _Alignas(64) atomic_int inside;
 } Team;
+
+enum { ENDED = 1 }; /* work begins with ticket 3 */
+
+static _Thread_local Team *held;
+
+static void serve(Team *team, int32_t thread) {
+    uint32_t served = 0;
+    for (int32_t spins = 0;;) {
+        uint32_t ticket = atomic_load(&team->ticket);
+        if (ticket == ENDED) return;
+        if (ticket % 2 == 0 || ticket == served) {
+            relax(spins);
+            spins += spins < SPINS;
+            continue;
+        }
+        atomic_fetch_add(&team->inside, 1);
+        /* Whoever closed it before we were counted does not wait for us. */
+        if (atomic_load(&team->ticket) == ticket) {
+            team->body(team->work, thread);
+            served = ticket;
+            spins = 0;
+        }
+        atomic_fetch_sub(&team->inside, 1);
+    }
+}
 
 static void team_member(void *data) {
     Team *team = data;
-    int32_t thread = atomic_fetch_add(&team->next, 1);
-    team->body(team->context, thread, team->num_threads ? team->num_threads : fork_size());
+    if (pthread_equal(pthread_self(), team->leader)) {
+        held = team;
+        team->call(team->context);
+        held = NULL;
+        atomic_store(&team->ticket, ENDED);
+        return;
+    }
+    int32_t thread = 1 + atomic_fetch_add(&team->num_members, 1);
+    if (thread < team->num_threads) serve(team, thread);
 }
 
 /* The pool: workers sleep until `generation` moves, spin for a moment first. One caller at a time. */
@@ -117,18 +140,17 @@ static int32_t grow(int32_t wanted) {
     return pool.num_workers < wanted ? pool.num_workers : wanted;
 }
 
-void run_parallel(Body body, void *context, int32_t num_threads) {
+void with_team(void (*call)(void *), void *context, int32_t num_threads) {
     Fork fork_function = atomic_load(&fork_call);
-    Team team = {.body = body, .context = context, .num_threads = num_threads};
-    if (num_threads <= 1) {
-        body(context, 0, 1);
+    Team team = {.call = call, .context = context, .leader = pthread_self(),
+                 .num_threads = num_threads, .ticket = 2};
+    if (num_threads <= 1 || held) {
+        call(context);
     } else if (fork_function) {
-        team.num_threads = 0;
         fork_function(team_member, &team, (unsigned)num_threads, 0);
     } else {
         pthread_mutex_lock(&pool.callers);
         int32_t helpers = grow(num_threads - 1 < MAX_THREADS ? num_threads - 1 : MAX_THREADS);
-        team.num_threads = helpers + 1;
         pthread_mutex_lock(&pool.lock);
         pool.team = &team;
         pool.wanted = helpers;
@@ -137,7 +159,36 @@ void run_parallel(Body body, void *context, int32_t num_threads) {
         pthread_cond_broadcast(&pool.wake);
         pthread_mutex_unlock(&pool.lock);
         team_member(&team);
-        for (int32_t spins = 0; atomic_load(&pool.running); spins++) relax(spins);
+        for (int32_t spins = 0; atomic_load(&pool.running); spins += spins < SPINS) relax(spins);
         pthread_mutex_unlock(&pool.callers);
+    }
+}
+
+typedef struct {
+    Body body;
+    void *context;
+    int32_t num_threads;
+} Parallel;
+
+static void run_held(void *context) {
+    Parallel *parallel = context;
+    run_parallel(parallel->body, parallel->context, parallel->num_threads);
+}
+
+void run_parallel(Body body, void *context, int32_t num_threads) {
+    Team *team = held;
+    Parallel parallel = {body, context, num_threads};
+    if (num_threads <= 1) {
+        body(context, 0);
+    } else if (!team) {
+        with_team(run_held, &parallel, num_threads);
+    } else {
+        uint32_t ticket = atomic_load(&team->ticket) + 1;
+        team->body = body;
+        team->work = context;
+        atomic_store(&team->ticket, ticket);
+        body(context, 0);
+        atomic_store(&team->ticket, ticket + 1);
+        for (int32_t spins = 0; atomic_load(&team->inside); spins += spins < SPINS) relax(spins);
     }
 }
