@@ -87,7 +87,7 @@ class RmsNorm:
     """weight * x / rms(x), rounded to `weight`'s dtype before and after the weight, as Llama's."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight
+        self.weight, self.eps = weight, eps
         self._call = _library().outrider_rms_norm
         self._arguments = (weight.data_ptr(), eps)
         self._sizes = (weight.shape[0], DTYPE_IDS[weight.dtype])
@@ -154,8 +154,8 @@ class Attention:
         key_norm: HeadNorm | None = None,
     ) -> None:
         self._kept = (projections, norm, query_norm, key_norm)
-        query, key, value, output = (_matrix(one) for one in projections)
-        self._layer = _Attention(
+        query, key, value, output = (described(one) for one in projections)
+        self.descriptor = _Attention(
             query=query,
             key=key,
             value=value,
@@ -170,12 +170,12 @@ class Attention:
             format=DTYPE_IDS[norm.dtype],
         )
         if query_norm is not None and key_norm is not None:
-            self._layer.query_norm = query_norm.weight.data_ptr()
-            self._layer.key_norm = key_norm.weight.data_ptr()
-            self._layer.query_norm_width = query_norm.weight.shape[0]
-            self._layer.key_norm_width = key_norm.weight.shape[0]
-            self._layer.head_norm_eps = query_norm.eps
-        self._pointer = ctypes.byref(self._layer)
+            self.descriptor.query_norm = query_norm.weight.data_ptr()
+            self.descriptor.key_norm = key_norm.weight.data_ptr()
+            self.descriptor.query_norm_width = query_norm.weight.shape[0]
+            self.descriptor.key_norm_width = key_norm.weight.shape[0]
+            self.descriptor.head_norm_eps = query_norm.eps
+        self._pointer = ctypes.byref(self.descriptor)
         self._call = _library().outrider_attend
 
     def __call__(
@@ -214,15 +214,15 @@ class GatedMlp:
         dtype: torch.dtype,
     ) -> None:
         self._kept = (gate, up, down)
-        self._layer = _Mlp(
-            gate=_matrix(gate),
-            up=_matrix(up),
-            down=_matrix(down),
+        self.descriptor = _Mlp(
+            gate=described(gate),
+            up=described(up),
+            down=described(down),
             activation=ACTIVATIONS.index(canonical_activation(activation)),
             format=DTYPE_IDS[dtype],
         )
         self._num_outputs = down.shape[0]
-        self._pointer = ctypes.byref(self._layer)
+        self._pointer = ctypes.byref(self.descriptor)
         self._call = _library().outrider_gated_mlp
 
     def __call__(self, x: Tensor, num_streamed: int) -> Tensor:
@@ -323,7 +323,8 @@ def token_outputs(
     )
 
 
-def _matrix(projection: Projection) -> Matrix:
+def described(projection: Projection) -> Matrix:
+    """The C descriptor of a projection; goes by addresses, keeps nothing alive."""
     return native.matrix_of(
         projection.parts, projection.shape, fmt=projection.fmt, bias=projection.bias
     )

@@ -17,6 +17,7 @@ import torch
 
 from ..collect.schema import ExpertKey, ModelShape
 from ..kernels.expert_mlp import combine
+from ..kernels.weights import ExpertWeights
 from ..predictors.base import Forecast, Predictor
 from .acquisition import Acquisition
 from .experts.arithmetic import ExpertArithmetic
@@ -42,6 +43,14 @@ class Observer:
     end: int
     step: int
     token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentExperts:
+    """Every expert of a model in its slot: slots [layers, E] int64 of `weights`."""
+
+    weights: ExpertWeights
+    slots: np.ndarray
 
 
 class ExpertExecutor:
@@ -75,6 +84,7 @@ class ExpertExecutor:
         self._is_decode = False
         self._is_asking = False
         self._num_streamed: int | None = None
+        self._residents: ResidentExperts | None = None
         self._began_s = 0.0
         self._forecast_s = 0.0
 
@@ -127,6 +137,38 @@ class ExpertExecutor:
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
         self._forecast_s += time.perf_counter() - self._began_s
+
+    def residents(self) -> ResidentExperts | None:
+        """All experts, where all are in slots and native code computes from these, else None.
+
+        Then nothing is read, forecast or evicted until the pass ends, so it may compute all layers
+        by itself and have them counted afterwards by `record`.
+        """
+        weights = self.arithmetic.native_weights
+        if self.cache.num_ready < self.shape.num_routed_experts or weights is None:
+            self._residents = None
+            return None
+        # None is evicted while all are there: a slot is only taken for one that is missing.
+        if self._residents is None or self._residents.weights is not weights:
+            slots = np.empty((self.shape.num_moe_layers, self.shape.num_experts), np.int64)
+            for key, slot in self.cache.resident().items():
+                slots[key] = slot
+            self._residents = ResidentExperts(weights, slots)
+        return self._residents
+
+    def record(self, topk_ids: np.ndarray) -> None:
+        """Count the look-ups of a pass that computed all layers: topk_ids [layers, T, K]."""
+        traffic, cache = self._traffic, self.cache
+        for layer_idx, ids in enumerate(topk_ids):
+            cache.advance(self._step, layer_idx)
+            for expert_idx in sorted(set(ids.ravel().tolist())):
+                key = ExpertKey(layer_idx, expert_idx)
+                traffic.lookups += 1
+                if cache.record_use(key):
+                    traffic.hits_prefetched += 1
+                    traffic.prefetch_used_next += self.prefetcher.was_for_next(key)
+                else:
+                    traffic.hits_resident += 1
 
     def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
         # With every expert in its slot there is nothing left to forecast.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import DeviceLostError, InsufficientMemoryError
-from .executor import ExpertExecutor, Observer
+from .executor import ExpertExecutor, Observer, ResidentExperts
 from .models import adapter
 from .models.attention import RaggedAttention, Span
 from .models.loading import LoadedModel
@@ -48,6 +48,7 @@ class ModelRunner:
         self, loaded: LoadedModel, executor: ExpertExecutor, *, num_threads: int | None = None
     ) -> None:
         self._model = loaded.model
+        self._layers = loaded.layers
         self._device = loaded.device
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
@@ -102,12 +103,18 @@ class ModelRunner:
             rows = list(range(batch.num_tokens))
         with self._threads(batch.num_tokens):
             spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
-            if self._decoder is not None and num_streamed is not None:
+            residents = self._residents(batch, num_streamed)
+            if self._decoder is None or num_streamed is None:
+                logits = self._forward(token_ids, positions, spans, rows)
+            elif residents is not None:
+                logits, chosen = self._decoder.decode(
+                    token_ids, positions, spans, experts=residents.weights, slots=residents.slots
+                )
+                self._executor.record(chosen)
+            else:
                 logits = self._decoder.logits(
                     token_ids, positions, spans, num_streamed=num_streamed, rows=rows
                 )
-            else:
-                logits = self._forward(token_ids, positions, spans, rows)
         for span in batch.spans:
             span.sequence.num_computed += span.num_tokens
         traffic, stall_s = self._executor.end_step()
@@ -118,6 +125,16 @@ class ModelRunner:
             stall_s=stall_s,
             traffic=traffic,
         )
+
+    def _residents(
+        self, batch: ScheduledBatch[Sequence], num_streamed: int | None
+    ) -> ResidentExperts | None:
+        """The experts for a pass that nobody needs to be asked or told about between two layers."""
+        if num_streamed != batch.num_tokens or not adapter.calls(
+            self._layers, self._executor.forward
+        ):
+            return None
+        return self._executor.residents()
 
     def _forward(
         self, token_ids: list[int], positions: list[int], spans: list[Span], rows: list[int]

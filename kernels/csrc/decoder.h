@@ -29,6 +29,35 @@ typedef struct {
     int32_t activation, format;
 } Mlp;
 
+/* How a router's logits become a choice of experts and their weights. `format` is that of the
+   activations; what is rounded to it is what the family's own module rounds. */
+typedef struct {
+    Matrix gate; /* [experts, hidden] */
+    int64_t top_k;
+    float epsilon; /* added to the sum that weights are divided by */
+    int32_t format, rounds_scores, rounds_weights, is_renormalised;
+} Router;
+
+/* norm: before the block, in the activations' format. The block is `mlp` where there is no router, else
+   routed experts and, unless NULL, `mlp` beside them, behind `shared_gate` [1, hidden] unless NULL. */
+typedef struct {
+    const Attention *attention;
+    const Mlp *mlp;
+    const Router *router;
+    const Matrix *shared_gate;
+    const uint8_t *norm;
+    float eps;
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const uint8_t *norm;
+    Matrix head;
+    int64_t num_layers;
+    float eps;
+    int32_t format;
+} Decoder;
+
 /* Fewer values than this are not worth a second thread. */
 enum { MIN_SHARED_VALUES = 1 << 16 };
 
@@ -54,6 +83,14 @@ int outrider_linear(const Matrix *matrix, const uint8_t *x, uint8_t *out, int64_
                     int64_t x_stride, int32_t format, int32_t way, int32_t num_threads);
 int outrider_combine(const uint8_t *outputs, const float *weights, const int64_t *ids,
                      int64_t num_tokens, int64_t top_k, int64_t hidden, int32_t format, uint8_t *out);
+int outrider_choose(const Router *router, const uint8_t *logits, int64_t num_rows, int64_t *ids,
+                    float *weights, float *scores, int32_t *is_tied);
+int outrider_gate_rows(const uint8_t *gate, uint8_t *rows, int64_t num_rows, int64_t n, int32_t format);
+int outrider_attend(const Attention *attention, uint8_t *x, int64_t num_rows, const Past *pasts,
+                    int64_t num_pasts, const uint8_t *cosines, const uint8_t *sines, int32_t way,
+                    int32_t num_threads);
+int outrider_gated_mlp(const Mlp *mlp, const uint8_t *x, int64_t num_rows, uint8_t *out, int32_t way,
+                       int32_t num_threads);
 int outrider_expert_outputs(const Experts *experts, const Inputs *in, int32_t num_threads);
 int outrider_rms_norm(const uint8_t *x, const uint8_t *weight, float eps, int64_t num_rows, int64_t n,
                       int32_t format, uint8_t *out, int32_t num_threads);

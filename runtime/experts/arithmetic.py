@@ -25,9 +25,13 @@ _PLAIN_FORMATS = frozenset({"fp32", "bf16", "fp16"})
 class ExpertArithmetic(Protocol):
     """Computes chosen rows by chosen slots.
 
+    With `native_weights` a native pass over all layers computes the same bits from those slots.
     A row's bits depend on its input, its expert and how many rows that expert has in the step;
     never on slots, on waves, or on which experts share a call.
     """
+
+    @property
+    def native_weights(self) -> ExpertWeights | None: ...
 
     def outputs(
         self,
@@ -61,12 +65,16 @@ class ExpertArithmetic(Protocol):
 
 
 class KernelArithmetic:
-    """The gathered kernels: one call for all experts of a wave."""
+    """The gathered kernels: one call for all experts of a wave.
+
+    `native_weights` are the slots as a native pass wants them, or None where no native code serves.
+    """
 
     def __init__(self, weights: ExpertWeights, *, impl: str) -> None:
         self._weights = weights
         self._impl = impl
         self._sums_tokens = impl == "cpu" and native.serves(weights)
+        self.native_weights = weights if self._sums_tokens else None
 
     def outputs(
         self,
@@ -123,6 +131,8 @@ class ModuleArithmetic:
 
     `is_transposed` says that blocks hold projections as [in, out], as some checkpoints do.
     """
+
+    native_weights: ExpertWeights | None = None
 
     def __init__(self, arena: SlotArena, *, fmt: str, is_transposed: bool) -> None:
         self._arena = arena

@@ -325,6 +325,11 @@ def install(model: Any, layers: list[MoeLayer], function: ExpertsFunction) -> No
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
+def calls(layers: list[MoeLayer], function: ExpertsFunction) -> bool:
+    """Whether every experts module calls `function`, and nobody stands before it."""
+    return all(layer.experts.outrider_function == function for layer in layers)
+
+
 def _dispatch(
     self: Any,
     hidden_states: torch.Tensor,

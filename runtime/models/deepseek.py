@@ -33,7 +33,7 @@ from transformers.models.llama.modeling_llama import (
 from transformers.utils.output_capturing import OutputRecorder
 
 MODEL_TYPE = "deepseek"
-_RENORMALISATION_EPS = 1e-20  # the published v1 gate's guard against dividing by zero
+RENORMALISATION_EPS = 1e-20  # the published v1 gate's guard against dividing by zero
 
 
 @strict
@@ -141,7 +141,7 @@ class DeepseekTopKRouter(nn.Module):
         topk_weights, topk_indices = torch.topk(scores, self.top_k, dim=-1)
         if self.norm_topk_prob:
             topk_weights = topk_weights / (
-                topk_weights.sum(dim=-1, keepdim=True) + _RENORMALISATION_EPS
+                topk_weights.sum(dim=-1, keepdim=True) + RENORMALISATION_EPS
             )
         return topk_weights, topk_indices
 

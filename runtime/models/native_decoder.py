@@ -7,19 +7,21 @@ for a few, however many of each there are; so a row's bits depend on its own tex
 else is in the pass, nor on the pieces a prompt is run in. Other families go through the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from ...kernels import decoder, native
 from ...kernels.activation import ActivationError, canonical_activation
 from ...kernels.decoder import Attention, GatedMlp, HeadNorm, Pasts, Projection, RmsNorm
+from ...kernels.router import Router, gate_rows
+from ...kernels.token_pass import PassLayer, TokenPass
+from ...kernels.weights import ExpertWeights
 from .attention import Span
-from .deepseek import DeepseekTopKRouter
+from .deepseek import RENORMALISATION_EPS, DeepseekTopKRouter
 from .dense import QuantizedLinear
 
 # Families whose decoder layers are norm, attention, residual, norm, block, residual, with rotary
@@ -30,20 +32,22 @@ _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TABLE_ROWS = 1024
 
-# Changes the residual stream [T, H], of which so many first rows are streamed.
-Block = Callable[[Tensor, int], None]
-# Router logits [T, E] -> weights [T, K] and ids [T, K] of the experts chosen.
-Choice = Callable[[Tensor], tuple[Tensor, Tensor]]
-
 
 class NativeDecoder:
     """The decoder of one loaded model on the CPU; make it with `of`. One thread; blocks."""
 
     def __init__(
-        self, model: Any, layers: list[tuple[Attention, Block]], norm: RmsNorm, head: Projection
+        self,
+        model: Any,
+        layers: list[tuple[Attention, "_Block"]],
+        norm: RmsNorm,
+        head: Projection,
     ) -> None:
         inner = model.model
         self._layers = layers
+        parts = [block.in_pass(attend) for attend, block in layers]
+        dtype = inner.embed_tokens.weight.dtype
+        self._token_pass = TokenPass(parts, norm=norm, head=head, dtype=dtype)
         self._embeddings = inner.embed_tokens.weight
         self._rotary = inner.rotary_emb
         self._norm = norm
@@ -94,13 +98,8 @@ class NativeDecoder:
         decode; keys and values have grown by them. Whatever is raised, no row then counts as part
         of the past.
         """
-        last = max(positions)
-        if last >= self._cosines.shape[0]:
-            self._extend_table(last)
-        at = torch.tensor(positions)
-        cosines, sines = self._cosines.index_select(0, at), self._sines.index_select(0, at)
+        x, cosines, sines = self._inputs(token_ids, positions)
         pasts = self._pasts(spans, num_streamed)
-        x = self._embeddings.index_select(0, torch.tensor(token_ids))  # [T, H], the residual stream
         for layer_idx, (attend, block) in enumerate(self._layers):
             attend(x, cosines, sines, pasts, layer_idx=layer_idx)
             block(x, num_streamed)
@@ -114,6 +113,38 @@ class NativeDecoder:
         for span in spans:
             span.kv.advance(span.end - span.start)
         return logits
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        *,
+        experts: ExpertWeights,
+        slots: np.ndarray,
+    ) -> tuple[Tensor, np.ndarray]:
+        """`logits` of a pass in which every sequence decodes and every expert is in its slot.
+
+        slots [layers, E] int64. Also the ids that each layer's router chose, [layers, T, K]. The
+        bits are those of `logits`.
+        """
+        x, cosines, sines = self._inputs(token_ids, positions)
+        pasts = self._pasts(spans, len(token_ids))
+        logits, ids = self._token_pass(x, cosines, sines, pasts, experts=experts, slots=slots)
+        for span in spans:
+            span.kv.advance(1)
+        return logits, ids
+
+    def _inputs(
+        self, token_ids: Sequence[int], positions: Sequence[int]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The residual stream [T, H] as it begins, cosines and sines [T, head_dim]."""
+        last = max(positions)
+        if last >= self._cosines.shape[0]:
+            self._extend_table(last)
+        at = torch.tensor(positions)
+        cosines, sines = self._cosines.index_select(0, at), self._sines.index_select(0, at)
+        return self._embeddings.index_select(0, torch.tensor(token_ids)), cosines, sines
 
     def _pasts(self, spans: Sequence[Span], num_streamed: int) -> Pasts:
         num_layers = len(self._layers)
@@ -137,7 +168,7 @@ class _NotServedError(Exception):
     """A part that the native calls do not compute as it is."""
 
 
-def _layer(layer: Any, config: Any, dtype: torch.dtype) -> tuple[Attention, Block]:
+def _layer(layer: Any, config: Any, dtype: torch.dtype) -> tuple[Attention, "_Block"]:
     attention, norm = layer.self_attn, layer.input_layernorm
     if norm.weight.dtype != dtype:
         raise _NotServedError
@@ -206,39 +237,54 @@ def _mlp(module: Any, config: Any, dtype: torch.dtype) -> GatedMlp:
     return GatedMlp(gate, up, down, activation=activation, dtype=dtype)
 
 
-def _block(layer: Any, config: Any, dtype: torch.dtype) -> Block:
+def _block(layer: Any, config: Any, dtype: torch.dtype) -> "_Block":
     norm, module = _norm(layer.post_attention_layernorm, dtype), layer.mlp
     if hasattr(module, "gate_proj"):
-        mlp = _mlp(module, config, dtype)
-        return lambda x, num_streamed: decoder.add_residual(x, mlp(norm(x), num_streamed))
+        return _Dense(norm, _mlp(module, config, dtype))
     # DeepSeek's shared experts are added as they are, Qwen's behind a gate of their own.
     shared = getattr(module, "shared_experts", None)
     shared = getattr(module, "shared_expert", None) if shared is None else shared
     gate = getattr(module, "shared_expert_gate", None)
     return _Moe(
         norm,
-        module,
-        choose=_choice(module.gate, config),
+        module.experts,
+        router=_router(module.gate, config),
         shared=None if shared is None else _mlp(shared, config, dtype),
-        shared_gate=None if gate is None else decoder.product(_projection(gate)),
+        shared_gate=None if gate is None else _projection(gate),
     )
 
 
-def _choice(router: Any, config: Any) -> Choice:
-    """How the family's router makes its choice of its logits; ties are torch.topk's in all."""
-    if isinstance(router, DeepseekTopKRouter):
-        return router.choose
+def _router(router: Any, config: Any) -> Router:
+    """How the family's router makes its choice of its logits."""
+    weight = router.weight
+    if weight.dtype not in _FORMATS:
+        raise _NotServedError
+    is_deepseek = isinstance(router, DeepseekTopKRouter)
     is_mixtral = config.model_type == "mixtral"
-    is_renormalised = is_mixtral or router.norm_topk_prob
+    return Router(
+        weight,
+        fmt=_FORMATS[weight.dtype],
+        top_k=router.top_k,
+        is_renormalised=is_mixtral or router.norm_topk_prob,
+        rounds_scores=is_deepseek,
+        rounds_weights=not is_mixtral,
+        epsilon=RENORMALISATION_EPS if is_deepseek else 0.0,
+    )
 
-    def choose(router_logits: Tensor) -> tuple[Tensor, Tensor]:
-        scores = router_logits.softmax(dim=-1, dtype=torch.float32)
-        weights, ids = torch.topk(scores, router.top_k, dim=-1)
-        if is_renormalised:
-            weights = weights / weights.sum(dim=-1, keepdim=True)
-        return (weights if is_mixtral else weights.to(router_logits.dtype)), ids
 
-    return choose
+class _Dense:
+    """A block that is one gated MLP."""
+
+    def __init__(self, norm: RmsNorm, mlp: GatedMlp) -> None:
+        self._norm, self._mlp = norm, mlp
+
+    def __call__(self, x: Tensor, num_streamed: int) -> None:
+        """Add the block's output to x [T, H], of which so many first rows are streamed."""
+        decoder.add_residual(x, self._mlp(self._norm(x), num_streamed))
+
+    def in_pass(self, attend: Attention) -> PassLayer:
+        """The layer as a part of a `TokenPass`."""
+        return PassLayer(attend, self._norm, self._mlp)
 
 
 class _Moe:
@@ -247,27 +293,32 @@ class _Moe:
     def __init__(
         self,
         norm: RmsNorm,
-        module: Any,
+        experts: Any,
         *,
-        choose: Choice,
+        router: Router,
         shared: GatedMlp | None,
-        shared_gate: native.Product | None,
+        shared_gate: Projection | None,
     ) -> None:
         self._norm = norm
-        self._router = decoder.product(_plain(module.gate.weight))
-        self._choose = choose
-        self._experts = module.experts
+        self._router = router
+        self._experts = experts
         self._shared = shared
         self._shared_gate = shared_gate
+        self._gate = None if shared_gate is None else decoder.product(shared_gate)
         self._normed: Tensor = torch.empty(0)
         self._num_streamed = 0
         self._shared_output: Tensor | None = None
 
+    def in_pass(self, attend: Attention) -> PassLayer:
+        """The layer as a part of a `TokenPass`."""
+        return PassLayer(attend, self._norm, self._shared, self._router, self._shared_gate)
+
     def __call__(self, x: Tensor, num_streamed: int) -> None:
+        """As `_Dense`."""
         experts = self._experts
         self._normed, self._shared_output, self._num_streamed = self._norm(x), None, num_streamed
-        logits = self._router(self._normed, x.shape[0], num_streamed)
-        topk_weights, topk_ids = self._choose(logits)
+        logits = self._router.logits(self._normed, x.shape[0], num_streamed)
+        topk_weights, topk_ids = self._router.choose(logits)
         experts.outrider_meanwhile = self._run_shared
         try:
             routed = experts.outrider_function(
@@ -282,9 +333,10 @@ class _Moe:
         if self._shared is None or self._shared_output is not None:
             return
         output = self._shared(self._normed, self._num_streamed)
-        if self._shared_gate is not None:
-            num_rows = self._normed.shape[0]
-            gate = self._shared_gate(self._normed, num_rows, self._num_streamed)  # [T, 1]
-            # A sigmoid, but torch's own rounds by an element's place among all; a softmax does not.
-            output = functional.pad(gate, (0, 1)).softmax(dim=-1)[:, :1] * output
+        if self._gate is not None:
+            gate = self._gate(self._normed, self._normed.shape[0], self._num_streamed)  # [T, 1]
+            gate_rows(gate, output)
         self._shared_output = output
+
+
+_Block = _Dense | _Moe
