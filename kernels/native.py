@@ -332,7 +332,7 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
 
 
 def read(tensor: Tensor, *, num_threads: int) -> None:
-    """Read a contiguous tensor's bytes once and throw them away: the benchmark's yardstick."""
+    """Read a contiguous tensor once and throw it away: the benchmark's yardstick."""
     loaded().outrider_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads)
 
 

@@ -12,9 +12,6 @@ from torch import Tensor
 from . import native
 from .native import DTYPE_IDS, Matrix
 
-IS_TIED = 5
-"""What a pass that ends at a tie says, which is for its caller to settle (csrc/outrider.h)."""
-
 
 class RouterDescriptor(ctypes.Structure):
     """`Router` of csrc/decoder.h."""
@@ -52,7 +49,7 @@ class Router:
         parts, shape = {"weight": gate}, (gate.shape[0], gate.shape[1])
         self.num_experts, self.top_k = shape[0], top_k
         self.logits = native.Product(parts, shape, fmt=fmt, bias=None)
-        self._dtype = gate.dtype if rounds_weights else torch.float32
+        self.dtype = gate.dtype if rounds_weights else torch.float32
         self.descriptor = RouterDescriptor(
             gate=native.matrix_of(parts, shape, fmt=fmt, bias=None),
             top_k=top_k,
@@ -82,7 +79,7 @@ class Router:
             )
         )
         self.settle(scores, is_tied, ids)
-        return weights.to(self._dtype), ids
+        return weights.to(self.dtype), ids
 
     def settle(self, scores: Tensor, is_tied: Tensor, ids: Tensor) -> None:
         """Of rows that are tied, choose anew: scores [T, E], is_tied [T], ids [T, K] in place.

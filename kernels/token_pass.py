@@ -1,12 +1,12 @@
 """A pass of single tokens through all layers of a decoder in one native call.
 
-For models whose experts are all in slots: nothing is to be asked between two layers then. Each part
-computes as its own call does (`decoder`, `router`), so the bits are the same. Knows matrices, keys
-and values, slots; no model.
+It comes back between two layers only where an expert is in no slot or a router's choice is tied.
+Each part computes as its own call does (`decoder`, `router`), so the bits are the same. Knows
+matrices, keys and values, slots; no model.
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,9 +16,17 @@ from torch import Tensor
 from . import native
 from .decoder import Attention, GatedMlp, Pasts, Projection, RmsNorm, described
 from .native import DTYPE_IDS, Matrix
-from .router import IS_TIED, Router
+from .router import Router
 from .ways import Way
 from .weights import ExpertWeights
+
+# Why a pass comes back before its end (csrc/outrider.h).
+_TIED, _MISSING = 5, 6
+
+# What a layer with missing experts is handed to: which of the routed layers, x [T, H] that it adds
+# the block to, the norm's output [T, H], the router's weights [T, K], and all layers' ids so far
+# [L, T, K].
+ServeMissing = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +56,7 @@ class _Layer(ctypes.Structure):
 class _Decoder(ctypes.Structure):
     _fields_ = (
         ("layers", ctypes.c_void_p),
+        ("embeddings", ctypes.c_void_p),
         ("norm", ctypes.c_void_p),
         ("head", Matrix),
         ("num_layers", ctypes.c_int64),
@@ -61,11 +70,15 @@ class _Tokens(ctypes.Structure):
         ("experts", ctypes.c_void_p),
         ("slots", ctypes.c_void_p),
         ("pasts", ctypes.c_void_p),
-        ("cosines", ctypes.c_void_p),
-        ("sines", ctypes.c_void_p),
+        ("cosine_table", ctypes.c_void_p),
+        ("sine_table", ctypes.c_void_p),
+        ("token_ids", ctypes.c_void_p),
+        ("positions", ctypes.c_void_p),
         ("x", ctypes.c_void_p),
         ("normed", ctypes.c_void_p),
         ("logits", ctypes.c_void_p),
+        ("cosines", ctypes.c_void_p),
+        ("sines", ctypes.c_void_p),
         ("ids", ctypes.c_void_p),
         ("weights", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
@@ -78,11 +91,50 @@ class _Tokens(ctypes.Structure):
     )
 
 
+class _Room:
+    """Where passes of so many rows leave what they compute, and the descriptor that says so."""
+
+    def __init__(self, num_rows: int, routers: Sequence[Router], embeddings: Tensor) -> None:
+        hidden, chosen = embeddings.shape[1], (len(routers), num_rows, routers[0].top_k)
+        self.x = embeddings.new_empty(num_rows, hidden)
+        self.normed = embeddings.new_empty(num_rows, hidden)
+        self.turns = embeddings.new_empty(2, num_rows, 0)
+        self.ids, self.weights = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
+        self.scores = torch.empty(num_rows, routers[0].num_experts)
+        self.is_tied = torch.empty(num_rows, dtype=torch.int32)
+        self.inputs = np.empty((2, num_rows), np.int64)
+        self.tokens = _Tokens(
+            token_ids=self.inputs[0].ctypes.data,
+            positions=self.inputs[1].ctypes.data,
+            x=self.x.data_ptr(),
+            normed=self.normed.data_ptr(),
+            ids=self.ids.data_ptr(),
+            weights=self.weights.data_ptr(),
+            scores=self.scores.data_ptr(),
+            is_tied=self.is_tied.data_ptr(),
+            num_rows=num_rows,
+        )
+
+    def have_turns(self, dim: int) -> None:
+        """Room for cosines and sines of that many values a row."""
+        if self.turns.shape[2] != dim:
+            self.turns = self.x.new_empty(2, self.x.shape[0], dim)
+            self.tokens.cosines = self.turns[0].data_ptr()
+            self.tokens.sines = self.turns[1].data_ptr()
+
+
 class TokenPass:
-    """The layers, the last norm and the head. Every router has the same `top_k` and experts."""
+    """Embeddings [V, H], the layers, the last norm and the head. Every router has the same `top_k`
+    and number of experts. One thread; keeps memory for the largest pass so far.
+    """
 
     def __init__(
-        self, layers: Sequence[PassLayer], *, norm: RmsNorm, head: Projection, dtype: torch.dtype
+        self,
+        layers: Sequence[PassLayer],
+        *,
+        embeddings: Tensor,
+        norm: RmsNorm,
+        head: Projection,
     ) -> None:
         gates = [one.shared_gate and described(one.shared_gate) for one in layers]
         self._routers = [one.router for one in layers if one.router is not None]
@@ -101,55 +153,62 @@ class TokenPass:
         )
         self._decoder = _Decoder(
             layers=ctypes.addressof(self._described),
+            embeddings=embeddings.data_ptr(),
             norm=norm.weight.data_ptr(),
             head=described(head),
             num_layers=len(layers),
             eps=norm.eps,
-            format=DTYPE_IDS[dtype],
+            format=DTYPE_IDS[embeddings.dtype],
         )
         self._kept = (layers, gates, norm, head)
-        self._vocab_size = head.shape[0]
+        self._embeddings, self._vocab_size = embeddings, head.shape[0]
+        self._rooms: dict[int, _Room] = {}
         self._call = native.loaded().outrider_decode
 
     def __call__(
         self,
-        x: Tensor,
-        cosines: Tensor,
-        sines: Tensor,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        turns: tuple[Tensor, Tensor],
         pasts: Pasts,
         *,
         experts: ExpertWeights,
         slots: np.ndarray,
+        serve_missing: ServeMissing,
     ) -> tuple[Tensor, np.ndarray]:
-        """x [T, H], a token's embedding of each of T sequences -> logits [T, V], ids [L, T, K].
+        """The next token of each of T sequences -> logits [T, V], ids [L, T, K] of routed layers.
 
-        x becomes what the last norm gets; cosines and sines [T, head_dim]; `pasts` as for
-        `Attention`, all streamed; slots [L, E] int64, where each routed layer's experts lie.
+        `turns` are cosines and sines [positions, head_dim] of all positions; `pasts` as for
+        `Attention`, all streamed; slots [L, E] int64, negative for an expert that is in none: its
+        layer goes to `serve_missing`, which may change them. The ids are overwritten by the next
+        pass of T rows.
         """
-        num_rows, router = x.shape[0], self._routers[0]
-        chosen = (len(self._routers), num_rows, router.top_k)
-        normed, logits = torch.empty_like(x), x.new_empty(num_rows, self._vocab_size)
-        ids, weights = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
-        scores = torch.empty(num_rows, router.num_experts)
-        is_tied = torch.empty(num_rows, dtype=torch.int32)
-        tokens = _Tokens(
-            experts=ctypes.addressof(native.experts_of(experts)),
-            slots=slots.ctypes.data,
-            pasts=pasts.part(0, Way.STREAMED)[0],
-            cosines=cosines.data_ptr(),
-            sines=sines.data_ptr(),
-            x=x.data_ptr(),
-            normed=normed.data_ptr(),
-            logits=logits.data_ptr(),
-            ids=ids.data_ptr(),
-            weights=weights.data_ptr(),
-            scores=scores.data_ptr(),
-            is_tied=is_tied.data_ptr(),
-            num_rows=num_rows,
-            num_threads=torch.get_num_threads(),
-        )
+        num_rows = len(token_ids)
+        room = self._rooms.get(num_rows)
+        if room is None:
+            room = _Room(num_rows, self._routers, self._embeddings)
+            self._rooms[num_rows] = room
+        room.inputs[0], room.inputs[1] = token_ids, positions
+        room.have_turns(turns[0].shape[1])
+        tokens, logits = room.tokens, room.x.new_empty(num_rows, self._vocab_size)
+        tokens.logits = logits.data_ptr()
+        tokens.experts = ctypes.addressof(native.experts_of(experts))
+        tokens.slots = slots.ctypes.data
+        tokens.cosine_table, tokens.sine_table = turns[0].data_ptr(), turns[1].data_ptr()
+        tokens.pasts = pasts.part(0, Way.STREAMED)[0]
+        tokens.num_threads = torch.get_num_threads()
+        tokens.layer, tokens.num_routed, tokens.is_chosen = -1, 0, 0
         decoder, state = ctypes.byref(self._decoder), ctypes.byref(tokens)
-        while (status := self._call(decoder, state)) == IS_TIED:
-            router.settle(scores, is_tied, ids[tokens.num_routed])
-        native.check_status(status)
-        return logits, ids.numpy()
+        while status := self._call(decoder, state):
+            at = tokens.num_routed
+            if status == _TIED:
+                self._routers[at].settle(room.scores, room.is_tied, room.ids[at])
+            elif status == _MISSING:
+                weights = room.weights[at].to(self._routers[at].dtype)
+                serve_missing(at, room.x, room.normed, weights, room.ids)
+                tokens.layer += 1
+                tokens.num_routed += 1
+                tokens.is_chosen = 0
+            else:
+                native.check_status(status)
+        return logits, room.ids.numpy()

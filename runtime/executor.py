@@ -46,8 +46,11 @@ class Observer:
 
 
 @dataclass(frozen=True, slots=True)
-class ResidentExperts:
-    """Every expert of a model in its slot: slots [layers, E] int64 of `weights`."""
+class SlotTable:
+    """Where experts lie: slots [layers, E] int64 of `weights`, negative for those that are absent.
+
+    Kept up to date; not to be written to.
+    """
 
     weights: ExpertWeights
     slots: np.ndarray
@@ -84,7 +87,6 @@ class ExpertExecutor:
         self._is_decode = False
         self._is_asking = False
         self._num_streamed: int | None = None
-        self._residents: ResidentExperts | None = None
         self._began_s = 0.0
         self._forecast_s = 0.0
 
@@ -138,30 +140,24 @@ class ExpertExecutor:
         self.prefetcher.advance(step, -1)
         self._forecast_s += time.perf_counter() - self._began_s
 
-    def residents(self) -> ResidentExperts | None:
-        """All experts, where all are in slots and native code computes from these, else None.
+    def table(self) -> SlotTable | None:
+        """Where experts lie, for a pass that computes by itself the layers which lack none of them.
 
-        Then nothing is read, forecast or evicted until the pass ends, so it may compute all layers
-        by itself and have them counted afterwards by `record`.
+        It has these counted by `record`, in order, and hands the others to `forward`. None where
+        somebody is to be asked or shown something in every layer, or no native code computes.
         """
         weights = self.arithmetic.native_weights
-        if self.cache.num_ready < self.shape.num_routed_experts or weights is None:
-            self._residents = None
+        if weights is None or self._observers or self._host_misses is not None:
             return None
-        # None is evicted while all are there: a slot is only taken for one that is missing.
-        if self._residents is None or self._residents.weights is not weights:
-            slots = np.empty((self.shape.num_moe_layers, self.shape.num_experts), np.int64)
-            for key, slot in self.cache.resident().items():
-                slots[key] = slot
-            self._residents = ResidentExperts(weights, slots)
-        return self._residents
+        shape = self.shape
+        return SlotTable(weights, self.cache.table(shape.num_moe_layers, shape.num_experts))
 
-    def record(self, topk_ids: np.ndarray) -> None:
-        """Count the look-ups of a pass that computed all layers: topk_ids [layers, T, K]."""
+    def record(self, topk_ids: np.ndarray, *, first_layer: int) -> None:
+        """Count the look-ups of layers that lacked nothing: topk_ids [l, T, K]."""
         traffic, cache = self._traffic, self.cache
-        for layer_idx, ids in enumerate(topk_ids):
+        for layer_idx, ids in enumerate(topk_ids.tolist(), start=first_layer):
             cache.advance(self._step, layer_idx)
-            for expert_idx in sorted(set(ids.ravel().tolist())):
+            for expert_idx in sorted({expert_idx for row in ids for expert_idx in row}):
                 key = ExpertKey(layer_idx, expert_idx)
                 traffic.lookups += 1
                 if cache.record_use(key):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import DeviceLostError, InsufficientMemoryError
-from .executor import ExpertExecutor, Observer, ResidentExperts
+from .executor import ExpertExecutor, Observer, SlotTable
 from .models import adapter
 from .models.attention import RaggedAttention, Span
 from .models.loading import LoadedModel
@@ -103,14 +103,18 @@ class ModelRunner:
             rows = list(range(batch.num_tokens))
         with self._threads(batch.num_tokens):
             spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
-            residents = self._residents(batch, num_streamed)
+            table = self._table(batch, num_streamed)
             if self._decoder is None or num_streamed is None:
                 logits = self._forward(token_ids, positions, spans, rows)
-            elif residents is not None:
-                logits, chosen = self._decoder.decode(
-                    token_ids, positions, spans, experts=residents.weights, slots=residents.slots
+            elif table is not None:
+                logits = self._decoder.decode(
+                    token_ids,
+                    positions,
+                    spans,
+                    experts=table.weights,
+                    slots=table.slots,
+                    record=self._executor.record,
                 )
-                self._executor.record(chosen)
             else:
                 logits = self._decoder.logits(
                     token_ids, positions, spans, num_streamed=num_streamed, rows=rows
@@ -126,15 +130,13 @@ class ModelRunner:
             traffic=traffic,
         )
 
-    def _residents(
-        self, batch: ScheduledBatch[Sequence], num_streamed: int | None
-    ) -> ResidentExperts | None:
-        """The experts for a pass that nobody needs to be asked or told about between two layers."""
+    def _table(self, batch: ScheduledBatch[Sequence], num_streamed: int | None) -> SlotTable | None:
+        """For a pass of single tokens in which nobody is told anything between two layers."""
         if num_streamed != batch.num_tokens or not adapter.calls(
             self._layers, self._executor.forward
         ):
             return None
-        return self._executor.residents()
+        return self._executor.table()
 
     def _forward(
         self, token_ids: list[int], positions: list[int], spans: list[Span], rows: list[int]

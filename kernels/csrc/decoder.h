@@ -51,7 +51,7 @@ typedef struct {
 
 typedef struct {
     const Layer *layers;
-    const uint8_t *norm;
+    const uint8_t *embeddings, *norm; /* [vocabulary, hidden], [hidden] */
     Matrix head;
     int64_t num_layers;
     float eps;

@@ -1,18 +1,20 @@
-/* All layers of a pass of single tokens whose experts are all in slots: nobody is asked in between, but
-   for a router's ties. Each part computes as its own entry point does. */
+/* All layers of a pass of single tokens: nobody is asked in between but where a router's choice is tied or
+   an expert is in no slot. Each part computes as its own entry point does. */
 #include "decoder.h"
 
 #include <stdlib.h>
+#include <string.h>
 
-/* Row t is the next of sequence t. pasts [layers, rows]; slots [routed layers, experts]; what is chosen,
-   [routed layers, rows, top_k], and scores [rows, experts] of the layer at hand. `layer`, and in it
-   `is_chosen`, is where the pass stands: at first 0 and 0. */
+/* Row t is the next of sequence t. cosine_table, sine_table [positions, dim]; pasts [layers, rows]; slots [routed layers, experts], negative where an expert is in none; what is
+   chosen, [routed layers, rows, top_k], and scores [rows, experts] of the layer at hand. `layer`, and in
+   it `is_chosen`, is where the pass stands: at first -1 and 0. */
 typedef struct {
     const Experts *experts;
     const int64_t *slots;
     const Past *pasts;
-    const uint8_t *cosines, *sines;
-    uint8_t *x, *normed, *logits;
+    const uint8_t *cosine_table, *sine_table;
+    const int64_t *token_ids, *positions; /* [rows] */
+    uint8_t *x, *normed, *logits, *cosines, *sines; /* [rows, ...] */
     int64_t *ids;
     float *weights, *scores;
     int32_t *is_tied;
@@ -25,6 +27,12 @@ typedef struct {
     Tokens *tokens;
     int status;
 } PassCall;
+
+static void gather(const uint8_t *table, const int64_t *indices, int64_t count, int64_t size,
+                   uint8_t *out) {
+    for (int64_t i = 0; i < count; i++)
+        memcpy(out + i * size, table + indices[i] * size, (size_t)size);
+}
 
 static int multiply(const Matrix *matrix, const Tokens *tokens, int32_t format, uint8_t *out) {
     Product product = {matrix, out};
@@ -45,6 +53,14 @@ static int choose(const Layer *layer, Tokens *tokens, int32_t format) {
     for (int64_t row = 0; row < tokens->num_rows && !status; row++)
         if (tokens->is_tied[row]) status = TIED;
     return status;
+}
+
+static int is_resident(const Layer *layer, const Tokens *tokens) {
+    int64_t count = tokens->num_rows * layer->router->top_k;
+    const int64_t *ids = tokens->ids + tokens->num_routed * count;
+    for (int64_t i = 0; i < count; i++)
+        if (tokens->slots[tokens->num_routed * layer->router->gate.n + ids[i]] < 0) return 0;
+    return 1;
 }
 
 /* The routed experts' rows, and their sums: outputs [rows, top_k, hidden] -> routed [rows, hidden]. */
@@ -106,6 +122,13 @@ static void run_layers(void *context) {
     int32_t format = decoder->format, num_threads = tokens->num_threads;
     int64_t rows = tokens->num_rows, hidden = decoder->head.k;
     int status = OK;
+    if (tokens->layer < 0) {
+        int64_t width = width_of(format), dim = decoder->layers->attention->head_dim;
+        gather(decoder->embeddings, tokens->token_ids, rows, hidden * width, tokens->x);
+        gather(tokens->cosine_table, tokens->positions, rows, dim * width, tokens->cosines);
+        gather(tokens->sine_table, tokens->positions, rows, dim * width, tokens->sines);
+        tokens->layer = 0;
+    }
     for (; tokens->layer < decoder->num_layers && !status; tokens->layer++) {
         const Layer *layer = &decoder->layers[tokens->layer];
         if (!tokens->is_chosen) {
@@ -118,10 +141,12 @@ static void run_layers(void *context) {
             if (!status && layer->router) status = choose(layer, tokens, format);
             if (status) break;
         }
+        if (layer->router && !is_resident(layer, tokens)) status = MISSING;
+        if (status) break;
         tokens->is_chosen = 0;
         status = run_block(layer, tokens, format);
     }
-    if (status == TIED) tokens->is_chosen = 1;
+    if (status == TIED || status == MISSING) tokens->is_chosen = 1;
     if (!status)
         status = outrider_rms_norm(tokens->x, decoder->norm, decoder->eps, rows, hidden, format,
                                    tokens->normed, num_threads);
@@ -129,9 +154,10 @@ static void run_layers(void *context) {
     call->status = status;
 }
 
-/* x [rows, hidden], the tokens' embeddings -> logits [rows, vocabulary], and each routed layer's choice.
-   TIED: whoever calls settles the ids of the layer at hand, and calls again. Keys and values are
-   written behind the pasts' rows, for which there is room. */
+/* token_ids -> logits [rows, vocabulary], and each routed layer's choice. Keys and values are written
+   behind the pasts' rows, for which there is room. TIED: whoever calls settles the ids of the layer at
+   hand, and calls again. MISSING: whoever calls adds that layer's block to x, and calls again with the
+   next layer, of which nothing is chosen. */
 int outrider_decode(const Decoder *decoder, Tokens *tokens) {
     PassCall call = {.decoder = decoder, .tokens = tokens};
     with_team(run_layers, &call, tokens->num_threads);

@@ -9,6 +9,8 @@ from enum import Enum
 from types import TracebackType
 from typing import Self
 
+import numpy as np
+
 from ...collect.schema import ExpertKey
 from ...predictors.base import Forecast
 from .eviction import Evictable, EvictionPolicy
@@ -136,6 +138,17 @@ class ExpertCache:
         self._free: list[Slot] = list(reversed(range(num_slots)))
         self._num_ahead = 0
         self._num_loading = 0
+        self._table: np.ndarray | None = None
+
+    def table(self, num_layers: int, num_experts: int) -> np.ndarray:
+        """Slots of READY experts [layers, experts] int64, -1 for others: kept up to date, not to be
+        written to.
+        """
+        if self._table is None:
+            self._table = np.full((num_layers, num_experts), -1, np.int64)
+            for key, slot in self.resident().items():
+                self._table[key] = slot
+        return self._table
 
     @property
     def num_free(self) -> int:
@@ -245,6 +258,8 @@ class ExpertCache:
         entry = self._loading_entry(slot)
         entry.state = _READY
         self._leave_loading(entry)
+        if self._table is not None:
+            self._table[entry.key] = slot
 
     def abandon(self, slot: Slot) -> None:
         """The copy was cancelled or failed: LOADING -> FREE. ValueError in another state.
@@ -312,6 +327,12 @@ class ExpertCache:
                 entry.num_pins >= 0 and (entry.num_pins == 0 or entry.state is _READY)
                 for entry in held
             ),
+            "the table has the READY ones": self._table is None
+            or {
+                key: int(self._table[key])
+                for key in map(ExpertKey._make, np.argwhere(self._table >= 0).tolist())
+            }
+            == self.resident(),
             "each prefetch ends once": counters.prefetch_issued == ended + unused,
         }
         broken = [claim for claim, holds in claims.items() if not holds]
@@ -370,4 +391,6 @@ class ExpertCache:
     def _remove(self, entry: _Entry) -> None:
         del self._entries[entry.key]
         self._slots[entry.slot] = None
+        if self._table is not None:
+            self._table[entry.key] = -1
         self._eviction.discard(entry.key)

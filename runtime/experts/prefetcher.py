@@ -259,7 +259,8 @@ class Prefetcher:
     def _keep_time(self, position: int) -> None:
         now = self._clock()
         if self._advanced_at is not None and position > self._wanted.position:
-            elapsed = now - self._advanced_at
+            # Layers in between may have been computed without a word.
+            elapsed = (now - self._advanced_at) / (position - self._wanted.position)
             if self._layer_s:
                 # Waiting for the next request is no layer's time.
                 elapsed = min(elapsed, 4.0 * self._layer_s)

@@ -7,7 +7,7 @@ for a few, however many of each there are; so a row's bits depend on its own tex
 else is in the pass, nor on the pieces a prompt is run in. Other families go through the model.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,9 @@ _FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TABLE_ROWS = 1024
 
+# Told the ids [layers, T, K] that layers from `first_layer` on have chosen.
+Record = Callable[..., None]
+
 
 class NativeDecoder:
     """The decoder of one loaded model on the CPU; make it with `of`. One thread; blocks."""
@@ -45,9 +48,13 @@ class NativeDecoder:
     ) -> None:
         inner = model.model
         self._layers = layers
-        parts = [block.in_pass(attend) for attend, block in layers]
-        dtype = inner.embed_tokens.weight.dtype
-        self._token_pass = TokenPass(parts, norm=norm, head=head, dtype=dtype)
+        self._moes = [block for _, block in layers if isinstance(block, _Moe)]
+        self._token_pass = TokenPass(
+            [block.in_pass(attend) for attend, block in layers],
+            embeddings=inner.embed_tokens.weight,
+            norm=norm,
+            head=head,
+        )
         self._embeddings = inner.embed_tokens.weight
         self._rotary = inner.rotary_emb
         self._norm = norm
@@ -98,8 +105,11 @@ class NativeDecoder:
         decode; keys and values have grown by them. Whatever is raised, no row then counts as part
         of the past.
         """
-        x, cosines, sines = self._inputs(token_ids, positions)
+        self._have_turns(max(positions))
+        at = torch.tensor(positions)
+        cosines, sines = self._cosines.index_select(0, at), self._sines.index_select(0, at)
         pasts = self._pasts(spans, num_streamed)
+        x = self._embeddings.index_select(0, torch.tensor(token_ids))  # [T, H], the residual stream
         for layer_idx, (attend, block) in enumerate(self._layers):
             attend(x, cosines, sines, pasts, layer_idx=layer_idx)
             block(x, num_streamed)
@@ -122,29 +132,37 @@ class NativeDecoder:
         *,
         experts: ExpertWeights,
         slots: np.ndarray,
-    ) -> tuple[Tensor, np.ndarray]:
-        """`logits` of a pass in which every sequence decodes and every expert is in its slot.
+        record: Record,
+    ) -> Tensor:
+        """`logits`, with its bits, of a pass in which every sequence decodes.
 
-        slots [layers, E] int64. Also the ids that each layer's router chose, [layers, T, K]. The
-        bits are those of `logits`.
+        slots [layers, E] int64, negative for experts that are in none. Layers that lack none of
+        what they choose are computed without a word and `record`ed, in order; the others call the
+        experts' function, which may change the slots.
         """
-        x, cosines, sines = self._inputs(token_ids, positions)
-        pasts = self._pasts(spans, len(token_ids))
-        logits, ids = self._token_pass(x, cosines, sines, pasts, experts=experts, slots=slots)
+        self._have_turns(max(positions))
+        num_recorded = 0
+
+        def serve(layer_idx: int, x: Tensor, normed: Tensor, weights: Tensor, ids: Tensor) -> None:
+            nonlocal num_recorded
+            record(ids[num_recorded:layer_idx].numpy(), first_layer=num_recorded)
+            num_recorded = layer_idx + 1
+            moe = self._moes[layer_idx]
+            moe.finish(x, normed, weights, ids[layer_idx], num_streamed=len(token_ids))
+
+        logits, chosen = self._token_pass(
+            token_ids,
+            positions,
+            (self._cosines, self._sines),
+            self._pasts(spans, len(token_ids)),
+            experts=experts,
+            slots=slots,
+            serve_missing=serve,
+        )
+        record(chosen[num_recorded:], first_layer=num_recorded)
         for span in spans:
             span.kv.advance(1)
-        return logits, ids
-
-    def _inputs(
-        self, token_ids: Sequence[int], positions: Sequence[int]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The residual stream [T, H] as it begins, cosines and sines [T, head_dim]."""
-        last = max(positions)
-        if last >= self._cosines.shape[0]:
-            self._extend_table(last)
-        at = torch.tensor(positions)
-        cosines, sines = self._cosines.index_select(0, at), self._sines.index_select(0, at)
-        return self._embeddings.index_select(0, torch.tensor(token_ids)), cosines, sines
+        return logits
 
     def _pasts(self, spans: Sequence[Span], num_streamed: int) -> Pasts:
         num_layers = len(self._layers)
@@ -156,7 +174,9 @@ class NativeDecoder:
             table[:, place, 2:] = (capacity, span.kv.length, span.start, num_rows)
         return Pasts(table, num_streamed=num_streamed)
 
-    def _extend_table(self, position: int) -> None:
+    def _have_turns(self, position: int) -> None:
+        if position < self._cosines.shape[0]:
+            return
         # As the model computes it, for whole stretches of positions at once.
         num_rows = (position // _TABLE_ROWS + 1) * _TABLE_ROWS
         positions = torch.arange(num_rows)[None]
@@ -305,9 +325,6 @@ class _Moe:
         self._shared = shared
         self._shared_gate = shared_gate
         self._gate = None if shared_gate is None else decoder.product(shared_gate)
-        self._normed: Tensor = torch.empty(0)
-        self._num_streamed = 0
-        self._shared_output: Tensor | None = None
 
     def in_pass(self, attend: Attention) -> PassLayer:
         """The layer as a part of a `TokenPass`."""
@@ -315,28 +332,36 @@ class _Moe:
 
     def __call__(self, x: Tensor, num_streamed: int) -> None:
         """As `_Dense`."""
+        normed = self._norm(x)
+        logits = self._router.logits(normed, x.shape[0], num_streamed)
+        self.finish(x, normed, *self._router.choose(logits), num_streamed=num_streamed)
+
+    def finish(
+        self, x: Tensor, normed: Tensor, weights: Tensor, ids: Tensor, *, num_streamed: int
+    ) -> None:
+        """Add the block's output to x [T, H], whose norm and router's choice are known."""
         experts = self._experts
-        self._normed, self._shared_output, self._num_streamed = self._norm(x), None, num_streamed
-        logits = self._router.logits(self._normed, x.shape[0], num_streamed)
-        topk_weights, topk_ids = self._router.choose(logits)
-        experts.outrider_meanwhile = self._run_shared
+        shared: list[Tensor] = []
+
+        def run_shared() -> None:
+            if self._shared is not None and not shared:
+                shared.append(self._shared_output(self._shared, normed, num_streamed))
+
+        experts.outrider_meanwhile = run_shared
         try:
             routed = experts.outrider_function(
-                experts.outrider_layer_idx, experts, self._normed, topk_ids, topk_weights
+                experts.outrider_layer_idx, experts, normed, ids, weights
             )
         finally:
             experts.outrider_meanwhile = None
-        self._run_shared()
-        decoder.add_residual(x, routed, self._shared_output)
+        run_shared()
+        decoder.add_residual(x, routed, *shared)
 
-    def _run_shared(self) -> None:
-        if self._shared is None or self._shared_output is not None:
-            return
-        output = self._shared(self._normed, self._num_streamed)
+    def _shared_output(self, shared: GatedMlp, normed: Tensor, num_streamed: int) -> Tensor:
+        output = shared(normed, num_streamed)
         if self._gate is not None:
-            gate = self._gate(self._normed, self._normed.shape[0], self._num_streamed)  # [T, 1]
-            gate_rows(gate, output)
-        self._shared_output = output
+            gate_rows(self._gate(normed, normed.shape[0], num_streamed), output)
+        return output
 
 
 _Block = _Dense | _Moe
