@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from ..collect.schema import ExpertKey, ModelShape
+from ..kernels import native
 from ..predictors.oracle import Oracle
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
@@ -184,7 +185,14 @@ class EngineArm:
             traffic=ExpertTraffic.merge(one.traffic for one in runs).as_dict(),
             rss_peak_bytes=rss_peak_bytes(),
             read_bytes=read_bytes() - before,
+            product_s=sum(one.product_s for one in runs) if self._times_products else None,
         )
+
+    @property
+    def _times_products(self) -> bool:
+        """Whether all products of a pass are the native library's, which times them."""
+        engine = self._engine
+        return engine.is_native and engine.tier.executor.arithmetic.native_weights is not None
 
     def timeline(self, passages: list[Passage], arm: str) -> dict[str, Any]:
         """Decode once more, untimed, and tell one token in time; see `Witness.timeline`."""
@@ -233,7 +241,7 @@ class EngineArm:
         if recorder is not None:
             recorder.is_decode = True
         stall_s = sequence.stats.timings.stall_s
-        began = time.perf_counter()
+        product_s, began = native.product_s(), time.perf_counter()
         while not sequence.is_finished:
             if witness is None:
                 engine.step()
@@ -248,6 +256,7 @@ class EngineArm:
             decode_s=decode_s,
             ttft_s=sequence.stats.timings.ttft_s,
             stall_s=sequence.stats.timings.stall_s - stall_s,
+            product_s=native.product_s() - product_s,
             traffic=sequence.stats.experts.decode,
         )
 
@@ -267,6 +276,7 @@ class _Decoded:
     decode_s: float
     ttft_s: float
     stall_s: float
+    product_s: float
     traffic: ExpertTraffic
 
 

@@ -136,6 +136,7 @@ class DecodeRow(Stamped, kw_only=True):
     cache: Literal["warm", "cold"]
     repetitions: int
     token_agreement: float
+    outside_products_share: Number = None
     memory_limit_bytes: int | None
     memory_fence: str
     link_limit_bytes_per_s: int | None

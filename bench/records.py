@@ -72,6 +72,7 @@ class Measurement:
 
     `decode_s` runs from a passage's first token to its last, with sampling and detokenising, as a
     user waits; `stall_s` is the part of it that waited for experts. `ttft_s` is the median.
+    `product_s` is the part spent in products of matrices, None where they are not all timed.
     `traffic` counts decode steps only. `read_bytes` is what the process read from storage, by
     whatever call or page fault, prompts included.
     """
@@ -84,11 +85,19 @@ class Measurement:
     traffic: dict[str, int]
     rss_peak_bytes: int
     read_bytes: int = 0
+    product_s: float | None = None
 
     @property
     def tokens_per_second(self) -> float:
         """Decoded tokens over the time they took."""
         return self.decode_tokens / self.decode_s
+
+    @property
+    def outside_share(self) -> float | None:
+        """Of the time that did not wait for experts, the part outside of products of matrices."""
+        if self.product_s is None:
+            return None
+        return 1.0 - self.product_s / (self.decode_s - self.stall_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,6 +45,7 @@ def make_row(
     speed = spread(speeds)
     pairs = paired_ratio(speeds, [one.tokens_per_second for one in reference.measurements])
     tokens = sum(one.decode_tokens for one in measurements)
+    outside = [one.outside_share for one in measurements if one.outside_share is not None]
     traffic = ExpertTraffic.merge(ExpertTraffic(**one.traffic) for one in measurements)
     roofline = Roofline(
         active_bytes=subject.active_bytes,
@@ -68,6 +69,7 @@ def make_row(
         "hit_rate": traffic.hit_rate,
         "late_rate": traffic.late_hits / traffic.lookups if traffic.lookups else None,
         "stall_s_per_token": sum(one.stall_s for one in measurements) / tokens,
+        "outside_products_share": median(outside) if outside else None,
         "roofline_tokens_per_second": roofline.tokens_per_second,
         "roofline_share": speed.median / roofline.tokens_per_second,
         "rss_peak_bytes": max(one.rss_peak_bytes for one in measurements),

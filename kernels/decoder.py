@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import native
 from .activation import ACTIVATIONS, canonical_activation
-from .native import DTYPE_IDS, Matrix, Product
+from .native import DTYPE_IDS, Matrix
+from .product import Product
 from .ways import Way, ways
 from .weights import ExpertWeights
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from . import native
+from .product import Product
 from .quantization import dequantize
 
 MAX_NATIVE_TOKENS = 32
@@ -71,16 +72,16 @@ def linear(
 
 def prepared(
     parts: Mapping[str, Tensor], *, fmt: str, columns: int, bias: Tensor | None = None
-) -> native.Product | None:
+) -> Product | None:
     """`linear` for up to MAX_NATIVE_TOKENS contiguous rows, or None where PyTorch computes.
 
-    The same bits, for less time spent around them; see `native.Product`.
+    The same bits, for less time spent around them; see `product.Product`.
     """
     weight = parts["weight"]
     is_native = weight.device.type == "cpu" and native.is_available() and fmt != "fp32"
     if not (is_native and native.serves_width(fmt, columns)):
         return None
-    return native.Product(parts, (_num_rows(parts, fmt, columns), columns), fmt=fmt, bias=bias)
+    return Product(parts, (_num_rows(parts, fmt, columns), columns), fmt=fmt, bias=bias)
 
 
 def _num_rows(parts: Mapping[str, Tensor], fmt: str, columns: int) -> int:

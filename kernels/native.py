@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .activation import ACTIVATIONS
 from .quantization import FORMATS, GROUP_SIZE
-from .ways import Way, ways
+from .ways import Way
 from .weights import ExpertWeights
 
 logger = logging.getLogger(__name__)
@@ -125,6 +125,7 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_use_fork.argtypes, lib.outrider_use_fork.restype = [pointer], None
     lib.outrider_use_isa.argtypes = [ctypes.c_char_p]
     lib.outrider_isa.restype = ctypes.c_char_p
+    lib.outrider_product_ns.restype = wide
     lib.outrider_has_bf16_products.argtypes = [narrow]
     lib.outrider_rms_norm.argtypes = [pointer, pointer, real, wide, wide, narrow, pointer, narrow]
     lib.outrider_attend.argtypes = [pointer, *[pointer, wide] * 2, *[pointer] * 2, *[narrow] * 2]
@@ -275,45 +276,6 @@ def linear(
     )
 
 
-class Product:
-    """`linear` by one matrix that is described once: a token makes dozens of calls.
-
-    Keeps the tensors alive and goes by their addresses, so neither may be replaced or moved.
-    """
-
-    def __init__(
-        self, parts: Mapping[str, Tensor], shape: tuple[int, int], *, fmt: str, bias: Tensor | None
-    ) -> None:
-        self.address = parts["weight"].data_ptr()
-        self._kept = (parts, bias)
-        self._matrix = matrix_of(parts, shape, fmt=fmt, bias=bias)
-        self._pointer = ctypes.byref(self._matrix)
-        self._num_outputs, self._num_inputs = shape
-        self._call = loaded().outrider_linear
-
-    def __call__(self, rows: Tensor, num_rows: int, num_streamed: int | None = None) -> Tensor:
-        """[..., K] -> [..., N] in the rows' dtype; `num_rows` of them, contiguous, on the CPU.
-
-        `num_streamed` as for `ways`.
-        """
-        out = rows.new_empty((*rows.shape[:-1], self._num_outputs))
-        size = rows.element_size()
-        stride, out_stride = self._num_inputs * size, self._num_outputs * size
-        for begin, count, way in ways(num_rows, num_streamed):
-            status = self._call(
-                self._pointer,
-                rows.data_ptr() + begin * stride,
-                out.data_ptr() + begin * out_stride,
-                count,
-                stride,
-                DTYPE_IDS[rows.dtype],
-                way,
-                torch.get_num_threads(),
-            )
-            check_status(status)
-        return out
-
-
 def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Tensor) -> None:
     """out [T, H] = the fixed-order sum of contiguous outputs [T, K, H]; weights fp32, ids int64."""
     num_tokens, top_k, hidden = outputs.shape
@@ -334,6 +296,12 @@ def combine(outputs: Tensor, topk_weights: Tensor, topk_ids: Tensor, *, out: Ten
 def read(tensor: Tensor, *, num_threads: int) -> None:
     """Read a contiguous tensor once and throw it away: the benchmark's yardstick."""
     loaded().outrider_read(tensor.data_ptr(), tensor.numel() * tensor.element_size(), num_threads)
+
+
+def product_s() -> float:
+    """Seconds that calls of this process have spent in products of matrices so far."""
+    lib = library()
+    return 0.0 if lib is None else 1e-9 * lib.outrider_product_ns()
 
 
 def loaded() -> ctypes.CDLL:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import native
 from .native import DTYPE_IDS, Matrix
+from .product import Product
 
 
 class RouterDescriptor(ctypes.Structure):
@@ -48,7 +49,7 @@ class Router:
     ) -> None:
         parts, shape = {"weight": gate}, (gate.shape[0], gate.shape[1])
         self.num_experts, self.top_k = shape[0], top_k
-        self.logits = native.Product(parts, shape, fmt=fmt, bias=None)
+        self.logits = Product(parts, shape, fmt=fmt, bias=None)
         self.dtype = gate.dtype if rounds_weights else torch.float32
         self.descriptor = RouterDescriptor(
             gate=native.matrix_of(parts, shape, fmt=fmt, bias=None),

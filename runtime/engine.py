@@ -43,7 +43,7 @@ class Engine:
     """A loaded model that generates. Not thread-safe: one thread calls it; calls block.
 
     `traffic` and `stall_s` are totals over all passes, `num_failures` counts the passes in a row
-    that failed.
+    that failed. `is_native`: passes go through native calls, past the model's own modules.
     """
 
     def __init__(
@@ -64,6 +64,7 @@ class Engine:
         # Without a limit in the configuration only memory bounds a text.
         self.max_length = adapter.context_length(loaded.config) or sys.maxsize
         self._runner = ModelRunner(loaded, tier.executor, num_threads=config.num_threads)
+        self.is_native = self._runner.prompts_are_exact
         self.limits = admission.settled(limits or BatchLimits(), loaded)
         self.traffic = ExpertTraffic()
         self.stall_s = 0.0
@@ -325,7 +326,7 @@ class Engine:
 
     def _prefix_cache(self) -> PrefixCache | None:
         limit = self.limits.max_kv_tokens
-        if not self.limits.prefix_share or limit is None or not self._runner.prompts_are_exact:
+        if not self.limits.prefix_share or limit is None or not self.is_native:
             return None
         return PrefixCache(int(limit * self.limits.prefix_share))
 

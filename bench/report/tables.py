@@ -198,6 +198,7 @@ _KINDS: dict[str, tuple[dict[str, Cell], Callable[[Row], str]]] = {
             "late": _percent("late_rate"),
             "MB a token": _number("bytes_per_token", 2, 1e-6),
             "stall, ms": _number("stall_s_per_token", 1, 1e3),
+            "outside of products": _percent("outside_products_share"),
             "TTFT, ms": _number("ttft_s", 0, 1e3),
             "roofline": _number("roofline_tokens_per_second"),
             "share of roofline": _percent("roofline_share"),

@@ -220,7 +220,7 @@ static void run_pass(void *context) {
                                num_threads);
     if (!status) {
         run_parallel(place_body, pass, sharers_of(num_rows * query_size, num_threads));
-        run_parallel(heads_body, pass, sharers_of(pass->work, num_threads));
+        run_products(heads_body, pass, sharers_of(pass->work, num_threads));
         status = multiply_rows(&output, 1, pass->query, num_rows, query_size * width, format,
                                pass->way, num_threads);
     }

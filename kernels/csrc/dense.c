@@ -152,7 +152,7 @@ int multiply_rows(const Product *products, int64_t num_products, const uint8_t *
                 (Prepared){dense.x_values + t * dense.values, dense.x_sums + t * dense.sums,
                            dense.x_pairs + t * dense.pairs};
         run_parallel(prepare_body, &dense, num_tokens < SERIAL_TOKENS ? 1 : num_threads);
-        run_parallel(dense_body, &dense, num_threads);
+        run_products(dense_body, &dense, num_threads);
     }
     free(dense.tokens);
     free(memory);

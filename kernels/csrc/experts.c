@@ -277,9 +277,9 @@ static void large_down_body(void *context, int32_t thread) {
     }
 }
 
-static void phase(Plan *plan, Body body, int32_t num_threads) {
+static void phase(Plan *plan, Body body, int is_product, int32_t num_threads) {
     atomic_store(&plan->next, 0);
-    run_parallel(body, plan, num_threads);
+    (is_product ? run_products : run_parallel)(body, plan, num_threads);
 }
 
 /* One expert, up to TOKENS_AT_ONCE of its tokens from plan->skip on. */
@@ -289,18 +289,18 @@ static void large_group(Plan *plan) {
     plan->tokens = tokens;
     for (int64_t m = 0; m < count; m++)
         tokens[m] = token_of(plan, plan->group->begin + plan->skip + m);
-    phase(plan, large_gate_up_body, plan->num_threads);
-    phase(plan, large_inner_body, plan->num_threads);
+    phase(plan, large_gate_up_body, 1, plan->num_threads);
+    phase(plan, large_inner_body, 0, plan->num_threads);
     for (int64_t m = 0; m < count; m++) tokens[m] = inner_of(plan, m);
-    phase(plan, large_down_body, plan->num_threads);
+    phase(plan, large_down_body, 1, plan->num_threads);
 }
 
 static void run_plan(void *context) {
     Plan *plan = context;
-    phase(plan, prepare_body, plan->in->num_tokens < SERIAL_TOKENS ? 1 : plan->num_threads);
+    phase(plan, prepare_body, 0, plan->in->num_tokens < SERIAL_TOKENS ? 1 : plan->num_threads);
     if (plan->num_small) {
-        phase(plan, small_gate_up_body, plan->num_threads);
-        phase(plan, small_down_body, plan->num_threads);
+        phase(plan, small_gate_up_body, 1, plan->num_threads);
+        phase(plan, small_down_body, 1, plan->num_threads);
     }
     for (int64_t g = plan->num_small; g < plan->num_groups; g++) {
         plan->group = &plan->groups[g];

@@ -111,6 +111,9 @@ static inline int64_t scale_bytes(int32_t format, int64_t k) {
 typedef void (*Body)(void *context, int32_t thread);
 void run_parallel(Body body, void *context, int32_t num_threads);
 
+/* The same for products of matrices, whose time is added up: `outrider_product_ns`. */
+void run_products(Body body, void *context, int32_t num_threads);
+
 /* Call call(context) with threads at hand, so that each run_parallel in it wakes nobody up. */
 void with_team(void (*call)(void *context), void *context, int32_t num_threads);
 

@@ -6,6 +6,7 @@
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <time.h>
 
 enum { MAX_THREADS = 256, SPINS = 2000 };
 
@@ -192,3 +193,20 @@ void run_parallel(Body body, void *context, int32_t num_threads) {
         for (int32_t spins = 0; atomic_load(&team->inside); spins += spins < SPINS) relax(spins);
     }
 }
+
+static atomic_llong product_ns;
+
+static int64_t now_ns(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (int64_t)now.tv_sec * 1000000000 + now.tv_nsec;
+}
+
+void run_products(Body body, void *context, int32_t num_threads) {
+    int64_t began = now_ns();
+    run_parallel(body, context, num_threads);
+    atomic_fetch_add(&product_ns, now_ns() - began);
+}
+
+/* Nanoseconds that callers have spent in `run_products` so far. */
+int64_t outrider_product_ns(void) { return atomic_load(&product_ns); }

@@ -300,6 +300,14 @@ def _print_decode(document: dict[str, Any]) -> None:
         f"{' or '.join(map(str, counts))} runs with {100 * first['spread']['confidence']:.0f} % "
         f"intervals; ratio to {first['ratio']['to']}, run by run."
     )
+    outside = {
+        f"{row['arm']} {row['budget']}": row["outside_products_share"]
+        for row in rows
+        if row["outside_products_share"] is not None
+    }
+    if outside:
+        shares = ", ".join(f"{arm} {100 * share:.1f} %" for arm, share in outside.items())
+        typer.echo(f"Of the time without stalls, outside of products of matrices: {shares}.")
     typer.echo(
         f"Plain read {first['read_bytes_per_s'] / 1e9:.1f} GB/s, link "
         f"{first['link_bytes_per_s'] / 1e9:.2f} GB/s ({first['reads']} reads), "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ...kernels.linear import MAX_NATIVE_TOKENS, linear, prepared
-from ...kernels.native import Product
+from ...kernels.product import Product
 from ...kernels.quantization import PLAIN_DTYPES, quantize
 from ..errors import InvalidDataError, UnsupportedModelError
 from .adapter import MoeLayer

@@ -19,6 +19,7 @@ from outrider.bench.records import Bandwidths, External, Measurement, Passage, R
 from outrider.bench.timeline import write_trace
 from outrider.bench.worker import Worker, WorkerError, _error
 from outrider.bench.workload import BUILT_IN, built_in_texts, make_passages, read_texts
+from outrider.kernels import native
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
 from outrider.runtime.experts.arithmetic import ModuleArithmetic
@@ -27,7 +28,7 @@ from outrider.runtime.experts.controller import GainController
 ROW_FIELDS = [
     "arm", "format", "budget", "tokens_per_second", "spread", "ttft_s", "bytes_per_token",
     "hit_rate", "late_rate", "stall_s_per_token", "roofline_tokens_per_second", "roofline_share",
-    "rss_peak_bytes",
+    "rss_peak_bytes", "outside_products_share",
 ]  # fmt: skip
 DOUBT_FIELDS = [
     "commit", "versions", "device", "model", "fingerprint", "workload", "seed", "cache",
@@ -98,6 +99,10 @@ def test_rows_carry_the_promised_fields_and_add_up(tiny: Path, in_process: None)
         assert all(field in row for field in DOUBT_FIELDS)
         assert row["spread"]["low"] <= row["tokens_per_second"] <= row["spread"]["high"]
         assert row["identical_logits"]
+        if native.is_available():
+            assert 0 < row["outside_products_share"] < 1
+        else:
+            assert row["outside_products_share"] is None
         traffic = row["traffic"]
         # 2 repetitions of 2 passages, 5 decode steps each, 2 MoE layers, top 3.
         assert traffic["lookups"] == 2 * 2 * 5 * 2 * 3
