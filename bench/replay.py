@@ -4,6 +4,7 @@ One arm at a time, one sequence after the other. No model is computed: its times
 forecasts were made before.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import astuple, dataclass, fields
 
@@ -29,8 +30,10 @@ class StepTimes:
     """Seconds of one decode step apart from waiting: before the first layer, per MoE layer before
     its router, per expert computed, after the last layer. A prompt takes them once, too.
 
-    Of the processor's own work on reads: per layer that lacks an expert, per expert asked for, per
-    layer in which forecasts are made, per prefetch issued. Nothing where it is not known.
+    Nothing where it is not known: of the processor's own work on reads, per layer that lacks an
+    expert, per expert asked for, per layer in which forecasts are made, per prefetch issued; per
+    wave, which is one call of the experts' kernel; and what a wait leaves behind (a processor that
+    has slept goes on with cold caches), per wait and per second waited.
     """
 
     begin_s: float
@@ -41,6 +44,14 @@ class StepTimes:
     miss_s: float = 0.0
     forecast_s: float = 0.0
     issue_s: float = 0.0
+    wave_s: float = 0.0
+    wake_s: float = 0.0
+    wake_share: float = 0.0
+
+    def wave(self, num_experts: int, *, waited_s: float) -> float:
+        """What computing that many experts at once takes, after a wait of so long."""
+        woken_s = self.wake_s + self.wake_share * waited_s if waited_s > 0.0 else 0.0
+        return woken_s + self.wave_s + self.expert_s * num_experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +128,7 @@ class Replay:
     """A cache and what fills it, kept over all sequences that `run` is given."""
 
     def __init__(self, schedule: Schedule, arm: Arm) -> None:
-        self._schedule = schedule
+        self.schedule = schedule
         self._arm = arm
         self._clock = VirtualClock()
         self.link = VirtualLink(
@@ -152,9 +163,9 @@ class Replay:
         self._prefetcher.begin()
         total = ExpertTraffic()
         stall_s = seconds = 0.0
-        passes = self._schedule.passes(sequence)
+        passes = self.schedule.passes(sequence)
         for step, layers in enumerate(passes):
-            if not (step or self._schedule.has_prompts):
+            if not (step or self.schedule.has_prompts):
                 continue
             began, before = self._clock.now, astuple(self.cache.counters)
             # The prompt's look-ups are served and not counted.
@@ -189,6 +200,15 @@ class Replay:
         """The processor works for so long."""
         self._clock.now += seconds
 
+    def _read_ahead(self, step: int, layer_idx: int) -> None:
+        """Issue what is worth it now. Copies begin when that is done."""
+        counters = self.cache.counters
+        issued = counters.prefetch_issued
+        self.link.hold()
+        self._prefetcher.advance(step, layer_idx)
+        self._spend("prefetches", self._arm.times.issue_s * (counters.prefetch_issued - issued))
+        self.link.release()
+
     def _reading_ahead(
         self, layers: list[list[ExpertKey]], *, sequence: int, step: int, traffic: ExpertTraffic
     ) -> float:
@@ -196,7 +216,7 @@ class Replay:
         clock, prefetcher, times = self._clock, self._prefetcher, self._arm.times
         spend = self._spend
         foretold = self._arm.foretold
-        counters, missed = self.cache.counters, traffic.misses + traffic.late_hits
+        missed = traffic.misses + traffic.late_hits
         stall_s = 0.0
         prefetcher.begin_step(is_decode=step > 0)
         is_asking = foretold is not None and step > 0 and prefetcher.wants_forecasts
@@ -204,11 +224,12 @@ class Replay:
         if foretold is not None and is_asking:
             for forecast in foretold.before_token(sequence, step):
                 prefetcher.offer(forecast)
-        prefetcher.advance(step, -1)
+        self._read_ahead(step, -1)
         spend("before the layers", times.begin_s)
         for layer_idx, needed in enumerate(layers):
             spend(f"layer {layer_idx}", times.layer_s)
             self.cache.advance(step, layer_idx)
+            self.link.hold()
             with Acquisition(
                 needed,
                 cache=self.cache,
@@ -216,21 +237,21 @@ class Replay:
                 prefetcher=prefetcher,
                 traffic=traffic,
             ) as acquisition:
+                missing = traffic.misses + traffic.late_hits - missed
+                missed += missing
+                spend("misses", times.miss_s * missing + (times.fetch_s if missing else 0.0))
+                self.link.release()
                 if foretold is not None and is_asking:
                     for forecast in foretold.in_pass(sequence, step, layer_idx):
                         prefetcher.offer(forecast)
                 if is_asking:
                     spend("forecasts", times.forecast_s)
-                issued = counters.prefetch_issued
-                prefetcher.advance(step, layer_idx)
-                spend("prefetches", times.issue_s * (counters.prefetch_issued - issued))
-                missing = traffic.misses + traffic.late_hits - missed
-                spend("misses", times.miss_s * missing + (times.fetch_s if missing else 0.0))
-                missed += missing
+                self._read_ahead(step, layer_idx)
                 asked = clock.now
                 for wave in acquisition.waves():
-                    stall_s += clock.now - asked
-                    spend(f"experts of layer {layer_idx}", times.expert_s * len(wave))
+                    waited_s = clock.now - asked
+                    stall_s += waited_s
+                    spend(f"experts of layer {layer_idx}", times.wave(len(wave), waited_s=waited_s))
                     asked = clock.now
         spend("output", times.end_s)
         return stall_s
@@ -242,7 +263,7 @@ class Replay:
 
         The cache is asked exactly as Acquisition asks it; several times as fast.
         """
-        cache, times, copy_s = self.cache, self._arm.times, self.link.copy_s
+        cache, times = self.cache, self._arm.times
         lookup, record_use = cache.lookup, cache.record_use
         told = self._arm.foretold if cache.wants_forecasts and step else None
         stall_s = 0.0
@@ -261,13 +282,18 @@ class Replay:
                 self._fetch(held, missing)
             for forecast in told.in_pass(sequence, step, layer_idx) if told is not None else ():
                 cache.foresee(forecast)
-            # Reads come one after the other while what has arrived is computed.
-            done_s = times.miss_s * len(missing) + times.expert_s * len(held)
-            done_s += times.fetch_s if missing else 0.0
-            for index in range(1, len(missing) + 1):
-                wait_s = max(0.0, index * copy_s - done_s)
-                stall_s += wait_s
-                done_s += wait_s + times.expert_s
+            # Reads begin when all are submitted; what has arrived is computed, while others come.
+            begun_s = times.miss_s * len(missing) + (times.fetch_s if missing else 0.0)
+            done_s = begun_s + (times.wave(len(held), waited_s=0.0) if held else 0.0)
+            arrivals = self.link.arrivals(len(missing), begun_s)
+            first = 0
+            while first < len(arrivals):
+                waited_s = max(0.0, arrivals[first] - done_s)
+                stall_s += waited_s
+                done_s += waited_s
+                after = bisect_right(arrivals, done_s, first + 1)
+                done_s += times.wave(after - first, waited_s=waited_s)
+                first = after
             seconds += done_s
             traffic.lookups += len(needed)
             traffic.hits_resident += len(held)

@@ -11,7 +11,8 @@ from typing import Any
 class Configuration:
     """One run: a checkpoint (None: the built-in), engine options, and a limit on the disk's speed.
 
-    `throttle_bytes_per_s` None leaves the disk as it is.
+    `predictor` is asked where there is prefetch; `throttle_bytes_per_s` None leaves the disk as it
+    is.
     """
 
     model: str | None
@@ -19,6 +20,7 @@ class Configuration:
     format: str = "auto"
     eviction: str = "layer-lfu"
     prefetch: str = "off"
+    predictor: str = "lookahead"
     throttle_bytes_per_s: float | None = None
 
     @property
@@ -29,7 +31,7 @@ class Configuration:
             "format": self.format,
             "eviction": self.eviction,
             "prefetch": self.prefetch,
-            "predictor": "none" if self.prefetch == "off" else "lookahead",
+            "predictor": "none" if self.prefetch == "off" else self.predictor,
             "num_threads": 1,
         }
 
@@ -41,20 +43,23 @@ class Configuration:
             parts.append(self.format)
         if self.eviction != "layer-lfu":
             parts.append(self.eviction)
-        parts.append("on demand" if self.prefetch == "off" else "lookahead")
+        parts.append("on demand" if self.prefetch == "off" else self.predictor)
         if self.throttle_bytes_per_s is not None:
             parts.append(f"disk {self.throttle_bytes_per_s / 1e6:g} MB/s")
         return ", ".join(parts)
 
 
+AHEAD: dict[str, Any] = {"prefetch": "on", "predictor": "ensemble"}
+
+
 def calibrated_on(geometry: str | None) -> list[Configuration]:
-    """The three: on demand, looking ahead, and large experts, or else none read at all."""
+    """The three: on demand, reading ahead, and large experts, or else none read at all."""
     third = Configuration(None, "all") if geometry is None else Configuration(geometry, "25%")
-    return [Configuration(None, "25%"), Configuration(None, "25%", prefetch="on"), third]
+    return [Configuration(None, "25%"), Configuration(None, "25%", **AHEAD), third]
 
 
 def unseen(geometry: str | None) -> list[Configuration]:
-    """Other budgets, policies, formats and disks, with and without forecasts."""
+    """Other budgets, policies, formats, predictors and disks, with and without forecasts."""
     found = [
         Configuration(None, "75%"),
         Configuration(None, "50%"),
@@ -63,9 +68,16 @@ def unseen(geometry: str | None) -> list[Configuration]:
         Configuration(None, "50%", eviction="layer-lru"),
         Configuration(None, "25%", format="int8"),
         Configuration(None, "50%", format="int8"),
+        Configuration(None, "25%", format="int4"),
         Configuration(None, "25%", throttle_bytes_per_s=50e6),
         Configuration(None, "50%", throttle_bytes_per_s=50e6),
+        Configuration(None, "25%", throttle_bytes_per_s=200e6),
+        Configuration(None, "50%", **AHEAD),
+        Configuration(None, "10%", **AHEAD),
+        Configuration(None, "25%", format="int8", **AHEAD),
+        Configuration(None, "50%", throttle_bytes_per_s=100e6, **AHEAD),
         Configuration(None, "50%", prefetch="on"),
+        Configuration(None, "25%", prefetch="on"),
         Configuration(None, "10%", prefetch="on"),
         Configuration(None, "25%", prefetch="on", throttle_bytes_per_s=100e6),
     ]

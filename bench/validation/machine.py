@@ -1,22 +1,24 @@
-"""One configuration on this machine: its steps one by one, and the routing that they followed."""
+"""Configurations on this machine: their steps one by one, and the routing that they followed.
+
+All are loaded at once and run in turns, so that what else the machine does falls on all alike.
+"""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from ...collect.schema import ExpertKey
 from ...predictors.base import Predictor
-from ...runtime.experts.pieces import split_extents
-from ...runtime.experts.thread_transfer import PIECE_BYTES
 from ...runtime.models import adapter
 from ...runtime.request import GenerationRequest
 from ..arm import EngineArm, FollowingSampler
 from ..records import Passage, Subject
 from ..routing import Routing
+from .apart import CallTimes, ReadTimes, Waking, call_times, read_times, waking
 from .configurations import Configuration
 
 
@@ -35,7 +37,9 @@ class Observation:
     """What one configuration did: decode steps by repetition, and what was routed.
 
     `routing` holds all router inputs, for a predictor to follow; `make_predictor` is the engine's
-    own. `num_pieces` is how many reads bring one expert.
+    own. Measured apart between repetitions, on an engine of the same format: how long reads take,
+    of the disk as it is, and how long a call of the experts' kernel; where all experts are
+    resident, what a wait costs.
     """
 
     configuration: Configuration
@@ -43,7 +47,9 @@ class Observation:
     routing: Routing
     make_predictor: Callable[[], Predictor | None]
     repetitions: list[list[Step]]
-    num_pieces: int = 1
+    reads: ReadTimes
+    calls: CallTimes
+    waking: Waking | None = None
 
     @property
     def tokens_per_second(self) -> list[float]:
@@ -54,11 +60,20 @@ class Observation:
 class Witness(EngineArm):
     """An arm of bench decode that also writes down each step and all router inputs."""
 
-    @property
-    def num_pieces(self) -> int:
-        """Reads that one expert is brought with."""
-        layout = self._engine.tier.source.layout(ExpertKey(0, 0))
-        return len(split_extents(layout.extents, PIECE_BYTES))
+    def reads(self) -> ReadTimes:
+        """Of experts, also behind a throttle those of the disk as it is; see `apart`."""
+        return read_times(self._engine)
+
+    def calls(self) -> CallTimes:
+        """Of the experts' kernel; see `apart`."""
+        return call_times(self._engine)
+
+    def waking(self, passages: list[Passage]) -> Waking:
+        """What a wait costs a token; of an engine that holds all its experts."""
+        return waking(
+            self._engine,
+            lambda: float(np.median([one.wall_s - one.stall_s for one in self.follow(passages)])),
+        )
 
     @property
     def make_predictor(self) -> Callable[[], Predictor | None]:
@@ -157,20 +172,81 @@ class _RouterWitness:
 
 
 def observe(
-    configuration: Configuration, passages: list[Passage], *, repetitions: int
-) -> Observation:
-    """Run one configuration here: once untimed, then `repetitions` times. Blocks for seconds."""
-    arm = Witness(
-        model=configuration.model,
-        options=configuration.engine,
-        link_bytes_per_s=configuration.throttle_bytes_per_s,
-    )
-    try:
-        subject = arm.load()
-        routing = arm.routing(passages)
-        arm.follow(passages)
-        timed = [arm.follow(passages) for _ in range(repetitions)]
-        make = arm.make_predictor
-        return Observation(configuration, subject, routing, make, timed, arm.num_pieces)
-    finally:
-        arm.close()
+    configurations: Sequence[Configuration],
+    passages: list[Passage],
+    *,
+    repetitions: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Observation]:
+    """Run configurations of one model here: each once untimed, then all in turns, and between them
+    what is measured apart. Blocks for minutes.
+    """
+    total = len(configurations) * (repetitions + 1)
+    with ExitStack() as stack:
+        arms, subjects, routings = [], [], []
+        for index, one in enumerate(configurations):
+            progress(index, total)
+            arm = Witness(
+                model=one.model,
+                options=one.engine,
+                link_bytes_per_s=one.throttle_bytes_per_s,
+            )
+            stack.callback(arm.close)
+            subjects.append(arm.load())
+            routings.append(arm.routing(passages))
+            arm.follow(passages)
+            arms.append(arm)
+        apart = _Apart(configurations, arms)
+        timed: list[list[list[Step]]] = [[] for _ in configurations]
+        for place in range(repetitions):
+            # Each round begins elsewhere: what comes first runs on what was measured apart before.
+            first = place * len(arms) // repetitions
+            for done, index in enumerate([*range(first, len(arms)), *range(first)]):
+                progress(len(configurations) * (place + 1) + done, total)
+                timed[index].append(arms[index].follow(passages))
+            apart.measure(passages)
+        progress(total, total)
+        return [
+            Observation(
+                one, subject, routing, arm.make_predictor, steps, apart.reads(one),
+                apart.calls(one), apart.waking(one),
+            )
+            for one, subject, routing, arm, steps in zip(
+                configurations, subjects, routings, arms, timed, strict=True
+            )
+        ]  # fmt: skip
+
+
+class _Apart:
+    """What is measured apart, of each format on the first arm that has it; medians of all times."""
+
+    def __init__(self, configurations: Sequence[Configuration], arms: Sequence[Witness]) -> None:
+        both = list(zip(configurations, arms, strict=True))
+        self._arms = {one.format: arm for one, arm in reversed(both)}
+        self._resident = [(one, arm) for one, arm in both if one.budget == "all"]
+        self._reads: dict[str, list[ReadTimes]] = {name: [] for name in self._arms}
+        self._calls: dict[str, list[CallTimes]] = {name: [] for name in self._arms}
+        self._waking: dict[Configuration, list[Waking]] = {one: [] for one, _ in self._resident}
+
+    def measure(self, passages: list[Passage]) -> None:
+        """Once more of everything."""
+        for name, arm in self._arms.items():
+            self._reads[name].append(arm.reads())
+            self._calls[name].append(arm.calls())
+        for one, arm in self._resident:
+            self._waking[one].append(arm.waking(passages[:1]))
+
+    def reads(self, one: Configuration) -> ReadTimes:
+        return ReadTimes(*_medians(self._reads[one.format]))
+
+    def calls(self, one: Configuration) -> CallTimes:
+        return CallTimes(*_medians(self._calls[one.format]))
+
+    def waking(self, one: Configuration) -> Waking | None:
+        found = self._waking.get(one)
+        return None if not found else Waking(*_medians(found))
+
+
+def _medians(values: Sequence[Any]) -> list[float]:
+    """Of each field of some dataclasses."""
+    return [float(one) for one in np.median([astuple(value) for value in values], axis=0)]

@@ -1,11 +1,10 @@
 """The simulator's times for this machine, from at most three configurations that were run on it.
 
-Processor: a token costs a fixed time; a layer that lacks an expert and an expert asked for, now or
-ahead, one each; weights are read at one speed. Link: a latency a read and a speed. Times are fitted
-to single steps, the link by replay until it waits as long as the machine. What forecasts cost:
-predictor and prefetcher run in the replay too, and are timed there; beside an engine, with cold
-caches and copy threads that want the interpreter, that takes so much longer as in the run that
-looked ahead.
+Processor: a token costs a fixed time; a layer that lacks an expert, an expert asked for and one
+read ahead, one each: fitted to single steps. What reads, calls of the experts' kernel and a wait
+that has ended take: measured apart (`apart`). What forecasts cost: predictor and prefetcher run in
+the replay too, and are timed there; beside an engine, with cold caches and copy threads that want
+the interpreter, that takes so much longer as in the run that looked ahead.
 """
 
 import time
@@ -20,32 +19,42 @@ from ...runtime.experts.eviction import EVICTIONS
 from ..forecaster import follow
 from ..foretold import Foretold
 from ..replay import COUNTS, Arm, Carriage, Replay, Schedule, StepTimes
+from .apart import ReadTimes, Waking
 from .machine import Observation
 
 _AT = {name: index for index, name in enumerate(COUNTS)}
 WARM_RUNS = 2
 """Replays before the one that counts, as the machine ran its untimed ones."""
+NUM_TIMED = 3
+"""Times that a predictor is followed, to know what it takes."""
+NUM_FITS = 3
+"""What reads cost and how often they are waited for depend on each other: found in turns."""
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Seconds and bytes a second; `weight_bytes_per_s` is what products read weights at.
+    """Seconds, and bytes a second that products read dense weights at.
 
-    `latency_s` is of one read of at most a piece, of which an expert takes several. Forecasts take
-    `forecast_factor` times what they take outside of an engine.
+    A wait costs `wake_s` and `wake_share` of its length afterwards; `issue_s` is of an expert read
+    ahead. Forecasts take `forecast_factor` times what they take outside of an engine.
     """
 
     token_s: float
     fetch_s: float
     miss_s: float
-    weight_bytes_per_s: float
-    latency_s: float
-    link_bytes_per_s: float
+    wake_s: float
+    wake_share: float
+    dense_bytes_per_s: float
+    issue_s: float = 0.0
     forecast_factor: float = 1.0
 
     def as_dict(self) -> dict[str, float]:
         """For JSON."""
         return asdict(self)
+
+
+BLANK = Machine(0.0, 0.0, 0.0, 0.0, 0.0, float("inf"))
+"""Nothing but calls of the kernel takes time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +76,7 @@ class Told:
 
 def simulate(machine: Machine, seen: Observation, told: Told | None) -> Simulated:
     """What `machine` would do with the routing that was observed, in that configuration."""
-    schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
-    replay = Replay(schedule, _arm(machine, seen, told))
-    for _ in range(WARM_RUNS):
-        replay.run(range(schedule.num_sequences))
-    sums = replay.run(range(schedule.num_sequences)).sum(axis=0)
-    tokens = sums[_AT["tokens"]]
+    tokens, sums = _sums(Replay(_schedule(seen), _arm(machine, seen, told)))
     return Simulated(
         tokens / sums[_AT["seconds"]],
         sums[_AT["stall_s"]] / tokens,
@@ -80,35 +84,56 @@ def simulate(machine: Machine, seen: Observation, told: Told | None) -> Simulate
     )
 
 
+def _schedule(seen: Observation) -> Schedule:
+    return Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
+
+
+def _sums(replay: Replay) -> tuple[float, np.ndarray]:
+    """Decode steps of a replay that is warm, and the sums of its table."""
+    sequences = range(replay.schedule.num_sequences)
+    for _ in range(WARM_RUNS):
+        replay.run(sequences)
+    sums = replay.run(sequences).sum(axis=0)
+    return float(sums[_AT["tokens"]]), sums
+
+
 def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
     subject, one = seen.subject, seen.configuration
-    layers, top_k = subject.num_moe_layers, subject.top_k
-    expert_s = subject.expert_bytes / machine.weight_bytes_per_s
-    dense_s = subject.active_bytes / machine.weight_bytes_per_s - layers * top_k * expert_s
-    link = one.throttle_bytes_per_s
-    # A throttled disk is never faster than the disk, and a piece waits for its share of time only.
-    copy_s = seen.num_pieces * machine.latency_s
-    copy_s += subject.expert_bytes / machine.link_bytes_per_s
+    layers = subject.num_moe_layers
+    dense_s = _dense_bytes(seen) / machine.dense_bytes_per_s
+    link, send_s = one.throttle_bytes_per_s, seen.reads.send_s
+    # A throttled disk is never faster than the disk.
     if link is not None:
-        copy_s = max(copy_s, subject.expert_bytes / link)
+        send_s = max(send_s, subject.expert_bytes / link)
     return Arm(
         num_slots=subject.num_slots,
         eviction=partial(EVICTIONS[one.eviction], seen.routing.shape, subject.num_slots),
         foretold=None if told is None else told.foretold,
         prefetch=one.prefetch,  # type: ignore[arg-type]
-        carriage=Carriage(subject.expert_bytes, subject.expert_bytes / copy_s),
+        carriage=Carriage(
+            subject.expert_bytes, subject.expert_bytes / send_s, seen.reads.latency_s
+        ),
         times=StepTimes(
             begin_s=0.0,
             layer_s=(machine.token_s + dense_s) / layers,
-            expert_s=expert_s,
+            expert_s=seen.calls.expert_s,
             end_s=0.0,
             fetch_s=machine.fetch_s,
             miss_s=machine.miss_s,
-            # Asked for, written down and woken up for as a miss is.
-            issue_s=machine.miss_s,
+            issue_s=machine.issue_s,
             forecast_s=0.0 if told is None else machine.forecast_factor * told.seconds,
+            wave_s=seen.calls.wave_s,
+            wake_s=machine.wake_s,
+            wake_share=machine.wake_share,
         ),
     )
+
+
+def _dense_bytes(seen: Observation) -> int:
+    """Weights that a token reads apart from its experts."""
+    subject = seen.subject
+    routed = subject.num_moe_layers * subject.top_k * subject.expert_bytes
+    return subject.active_bytes - routed
 
 
 def forecasts(seen: Observation) -> Told | None:
@@ -120,22 +145,28 @@ def forecasts(seen: Observation) -> Told | None:
         return None
     prompt = _prompt(seen)
     layers, sequences = seen.subject.num_moe_layers, len(seen.routing.offsets) - 1
-    began = time.process_time()
-    foretold = follow(seen.make_predictor, seen.routing, prompt_tokens=prompt)
     decoded = (seen.routing.num_tokens - prompt * sequences) * layers
-    predicting_s = (time.process_time() - began) / decoded
-    told = Told(foretold, predicting_s)
-    blank = Machine(1e-2, 0.0, 0.0, float("inf"), 0.0, 1e12)
-    ahead = _arm(blank, seen, told)
-    schedule = Schedule(seen.routing, prompt_tokens=prompt, has_prompts=True)
+    taken_s: list[tuple[float, float]] = []
+    for _ in range(NUM_TIMED):
+        began = time.process_time()
+        foretold = follow(seen.make_predictor, seen.routing, prompt_tokens=prompt)
+        predicting_s = time.process_time() - began
+        taken_s.append((predicting_s, _deciding_s(seen, Told(foretold, 0.0))))
+    return Told(foretold, float(np.median(taken_s, axis=0).sum()) / decoded)
+
+
+def _deciding_s(seen: Observation, told: Told) -> float:
+    """Processor time of a replay that the prefetcher takes part in, beyond one that it does not."""
+    ahead = _arm(replace(BLANK, token_s=1e-2), replace(seen, reads=ReadTimes(0.0, 1e-6)), told)
     taken_s = []
     for arm in (ahead, replace(ahead, foretold=None, prefetch="off")):
-        replay = _ExecutorsWay(schedule, arm)
-        replay.run(range(sequences))
+        replay = _ExecutorsWay(_schedule(seen), arm)
+        sequences = range(replay.schedule.num_sequences)
+        replay.run(sequences)
         began = time.process_time()
-        replay.run(range(sequences))
+        replay.run(sequences)
         taken_s.append(time.process_time() - began)
-    return Told(foretold, predicting_s + max(0.0, taken_s[0] - taken_s[1]) / decoded)
+    return max(0.0, taken_s[0] - taken_s[1])
 
 
 class _ExecutorsWay(Replay):
@@ -151,19 +182,33 @@ def _prompt(seen: Observation) -> int:
     return int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // sequences
 
 
-def calibrate(seen: Sequence[Observation], told: Sequence[Told | None]) -> Machine:
+def calibrate(seen: Sequence[Observation], told: Sequence[Told | None], waking: Waking) -> Machine:
     """A machine that does in the observed configurations what was observed.
 
     The first reads on demand. One that misses nothing fixes a token's own time; one of much larger
-    experts the speeds of weights and link, which are else taken for unlimited; one that looks ahead
+    experts the speed of dense weights, which is else taken for unlimited; one that looks ahead
     what forecasts cost beside an engine. `told` is what each was told.
     """
     by_demand = [one for one, said in zip(seen, told, strict=True) if said is None]
-    machine = _by_demand(by_demand)
+    machine = _by_demand(by_demand, waking)
     for one, said in zip(seen, told, strict=True):
         if said is not None:
+            machine = replace(machine, issue_s=_issue_s(one))
             return replace(machine, forecast_factor=_forecast_factor(machine, one, said))
     return machine
+
+
+def _issue_s(seen: Observation) -> float:
+    """What one more prefetch adds to the busy time of a step, misses apart."""
+    busy = _busy(seen)
+    table = np.column_stack([np.ones(len(busy)), _counts(seen, "misses"), _counts(seen, "issued")])
+    kept = busy <= np.quantile(busy, 0.98)
+    return max(0.0, float(np.linalg.lstsq(table[kept], busy[kept], rcond=None)[0][2]))
+
+
+def _counts(seen: Observation, field: str) -> np.ndarray:
+    """Of each step, the mean of its repetitions."""
+    return np.mean([[getattr(one, field) for one in steps] for steps in seen.repetitions], axis=0)
 
 
 def _forecast_factor(machine: Machine, seen: Observation, told: Told) -> float:
@@ -178,40 +223,25 @@ def _forecast_factor(machine: Machine, seen: Observation, told: Told) -> float:
     return _where(token_s, wanted_s, first=1.0, limit=1e3)
 
 
-def _by_demand(seen: Sequence[Observation]) -> Machine:
+def _by_demand(seen: Sequence[Observation], waking: Waking) -> Machine:
     first = seen[0]
     large = max(seen, key=lambda one: one.subject.expert_bytes)
     resident = next((one for one in seen if not _mean(one, "misses")), None)
-    fixed_s = None if resident is None else _busy_s(resident)
-    fixed_s, fetch_s, miss_s = _fit_steps(first, fixed_s=fixed_s)
-    machine = Machine(fixed_s, fetch_s, miss_s, float("inf"), 0.0, float("inf"))
+    machine = replace(BLANK, wake_s=waking.wake_s, wake_share=waking.wake_share)
+    if resident is not None:
+        token_s = _busy_s(resident) - _mean_busy(simulated_steps(machine, resident, None))
+        machine = replace(machine, token_s=max(0.0, token_s))
+    for _ in range(NUM_FITS):
+        machine = _with_costs(machine, first, is_token_known=resident is not None)
     if large is not first:
-        more = large.subject.active_bytes - first.subject.active_bytes
-        rate = more / max(_busy_s(large) - _reading_s(machine, large) - fixed_s, 1e-9)
-        token_s = max(0.0, fixed_s - first.subject.active_bytes / rate)
-        machine = replace(machine, token_s=token_s, weight_bytes_per_s=rate)
-    copy_s = _copy_s(machine, first)
-    if large is first:
-        return replace(machine, latency_s=copy_s / first.num_pieces)
-    large_s = _copy_s(machine, large)
-    # copy = pieces x latency + bytes / speed, twice.
-    pieces = np.array([[first.num_pieces, first.subject.expert_bytes],
-                       [large.num_pieces, large.subject.expert_bytes]], dtype=float)  # fmt: skip
-    latency_s, byte_s = np.linalg.solve(pieces, np.array([copy_s, large_s]))
-    if byte_s <= 0.0 or latency_s < 0.0:
-        latency_s, byte_s = 0.0, large_s / large.subject.expert_bytes
-    return replace(machine, latency_s=float(latency_s), link_bytes_per_s=float(1.0 / byte_s))
-
-
-def _copy_s(machine: Machine, seen: Observation) -> float:
-    """Time of one copy at which the replay waits as long as the machine did."""
-    wanted = _mean(seen, "stall_s")
-
-    def stall_s(copy_s: float) -> float:
-        slow = replace(machine, latency_s=copy_s / seen.num_pieces, link_bytes_per_s=float("inf"))
-        return simulate(slow, seen, None).stall_s
-
-    return _where(stall_s, wanted, first=1e-4, limit=100.0)
+        # token = own time + dense bytes / speed, twice.
+        more_s = _busy_s(large) - _mean_busy(simulated_steps(machine, large, None))
+        more = _dense_bytes(large) - _dense_bytes(first)
+        if more_s > 0.0 and more > 0:
+            rate = more / more_s
+            token_s = max(0.0, machine.token_s - _dense_bytes(first) / rate)
+            machine = replace(machine, token_s=token_s, dense_bytes_per_s=rate)
+    return machine
 
 
 def _where(rising: Callable[[float], float], wanted: float, *, first: float, limit: float) -> float:
@@ -223,12 +253,6 @@ def _where(rising: Callable[[float], float], wanted: float, *, first: float, lim
         middle = (low + high) / 2.0
         low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return (low + high) / 2.0
-
-
-def _reading_s(machine: Machine, seen: Observation) -> float:
-    """Busy seconds a token that go to asking for experts, on demand."""
-    lacking, misses = lacking_layers(seen).mean(axis=0)
-    return machine.fetch_s * lacking + machine.miss_s * misses
 
 
 def _busy_s(seen: Observation) -> float:
@@ -243,56 +267,96 @@ def _busy(seen: Observation) -> np.ndarray:
 
 
 def _mean(seen: Observation, field: str) -> float:
-    return float(np.mean([getattr(one, field) for steps in seen.repetitions for one in steps]))
+    """Of the steps; the median of the repetitions."""
+    means = [np.mean([getattr(one, field) for one in steps]) for steps in seen.repetitions]
+    return float(np.median(means))
 
 
-class _LackingLayers(Replay):
-    """Counts, per decode step, the layers that lacked an expert and the experts they lacked."""
+@dataclass(frozen=True, slots=True)
+class SimulatedStep:
+    """One decode step: seconds at work and waiting, layers that lacked experts (counted on demand
+    alone), experts they lacked, and prefetches issued.
+    """
+
+    busy_s: float
+    stall_s: float
+    lacking: int
+    misses: int
+    issued: int
+
+
+class _StepByStep(Replay):
+    """Writes down each decode step."""
 
     def __init__(self, schedule: Schedule, arm: Arm) -> None:
         super().__init__(schedule, arm)
-        self.steps: list[tuple[int, int]] = []
-        self._fetches = 0
+        self.steps: list[SimulatedStep] = []
+        self._num_lacking = 0
 
     def _on_demand(self, layers: Any, **given: Any) -> float:
-        self._fetches = 0
-        misses = given["traffic"].misses
-        stall_s = super()._on_demand(layers, **given)
+        return self._noted(super()._on_demand, layers, **given)
+
+    def _reading_ahead(self, layers: Any, **given: Any) -> float:
+        return self._noted(super()._reading_ahead, layers, **given)
+
+    def _noted(self, serve: Callable[..., float], layers: Any, **given: Any) -> float:
+        self._num_lacking = 0
+        misses, began = given["traffic"].misses, self._clock.now
+        issued = self.cache.counters.prefetch_issued
+        stall_s = serve(layers, **given)
         if given["step"]:
-            self.steps.append((self._fetches, given["traffic"].misses - misses))
+            self.steps.append(
+                SimulatedStep(
+                    busy_s=self._clock.now - began - stall_s,
+                    stall_s=stall_s,
+                    lacking=self._num_lacking,
+                    misses=given["traffic"].misses - misses,
+                    issued=self.cache.counters.prefetch_issued - issued,
+                )
+            )
         return stall_s
 
     def _fetch(self, held: Any, missing: Any) -> None:
-        self._fetches += 1
+        self._num_lacking += 1
         super()._fetch(held, missing)
 
 
-def lacking_layers(seen: Observation) -> np.ndarray:
-    """[steps, 2]: layers that lacked an expert and experts they lacked, read on demand, warm."""
-    blank = Machine(0.0, 0.0, 0.0, float("inf"), 0.0, 1e12)
-    schedule = Schedule(seen.routing, prompt_tokens=_prompt(seen), has_prompts=True)
-    replay = _LackingLayers(schedule, _arm(blank, seen, None))
+def simulated_steps(machine: Machine, seen: Observation, told: Told | None) -> list[SimulatedStep]:
+    """What `simulate` sums up, step by step."""
+    replay = _StepByStep(_schedule(seen), _arm(machine, seen, told))
     for _ in range(WARM_RUNS + 1):
         replay.steps.clear()
-        replay.run(range(schedule.num_sequences))
-    return np.array(replay.steps, dtype=float)
+        replay.run(range(replay.schedule.num_sequences))
+    return replay.steps
 
 
-def _fit_steps(seen: Observation, *, fixed_s: float | None) -> tuple[float, float, float]:
-    """Fixed seconds of a step, and seconds a lacking layer and a miss, of the busy time.
+def _mean_busy(steps: Sequence[SimulatedStep]) -> float:
+    return float(np.mean([one.busy_s for one in steps]))
+
+
+def _with_costs(machine: Machine, seen: Observation, *, is_token_known: bool) -> Machine:
+    """What a lacking layer and a miss cost the processor, of the busy time of single steps; and a
+    token where that is not known.
 
     None is below 0: where least squares would have it so, that term is left out.
     """
-    counts = lacking_layers(seen)
-    table = np.column_stack([np.ones(len(counts)), counts])
+    names = ["fetch_s", "miss_s"] if is_token_known else ["token_s", "fetch_s", "miss_s"]
+    steps = simulated_steps(machine, seen, None)
+    columns = {
+        "token_s": np.ones(len(steps)),
+        "fetch_s": np.array([one.lacking for one in steps], dtype=float),
+        "miss_s": np.array([one.misses for one in steps], dtype=float),
+    }
     busy = _busy(seen)
     kept = busy <= np.quantile(busy, 0.98)
-    known = fixed_s or 0.0
-    columns = [0, 1, 2] if fixed_s is None else [1, 2]
-    while True:
-        found = np.linalg.lstsq(table[kept][:, columns], busy[kept] - known, rcond=None)[0]
-        negative = [one for one, value in zip(columns, found, strict=True) if value < 0.0]
-        if not negative:
-            times = {0: known} | dict(zip(columns, map(float, found), strict=True))
-            return times[0], times.get(1, 0.0), times.get(2, 0.0)
-        columns.remove(max(negative))
+    # Calls and waits cost what they do with the costs so far, which are taken out again.
+    wanted = busy - [one.busy_s for one in steps]
+    wanted += sum(getattr(machine, name) * columns[name] for name in names)
+    wanted, free = wanted[kept], replace(machine, **dict.fromkeys(names, 0.0))
+    while names:
+        table = np.column_stack([columns[name][kept] for name in names])
+        found = np.linalg.lstsq(table, wanted, rcond=None)[0]
+        if (found >= 0.0).all():
+            return replace(free, **dict(zip(names, map(float, found), strict=True)))
+        names.remove(max(name for name, value in zip(names, found, strict=True) if value < 0.0))
+    return free

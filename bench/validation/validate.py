@@ -1,7 +1,7 @@
 """`outrider bench validate`: the simulator's tokens per second beside this machine's own."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 from ...runtime.errors import UsageError
 from ..arm import EngineArm
 from ..environment import environment
+from ..records import Passage
 from ..spread import spread
 from ..workload import BUILT_IN, make_passages, read_texts
 from .configurations import Configuration, calibrated_on, unseen
@@ -26,7 +27,7 @@ class ValidateOptions:
     passages: int = 2
     tokens: int = 40
     prompt_tokens: int = 16
-    repetitions: int = 3
+    repetitions: int = 5
     geometry_tokens: int = 12
     geometry_repetitions: int = 3
 
@@ -59,21 +60,11 @@ def bench_validate(options: ValidateOptions, *, progress: Progress) -> dict[str,
         }
     finally:
         encoder.close()
-    seen: list[Observation] = []
-    total = len(known) + len(others)
-    for index, one in enumerate([*known, *others]):
-        progress("running", index, total)
-        is_large = one.model is not None
-        seen.append(
-            observe(
-                one,
-                passages[options.geometry_tokens if is_large else options.tokens],
-                repetitions=options.geometry_repetitions if is_large else options.repetitions,
-            )
-        )
-    progress("running", total, total)
+    seen = _observed([*known, *others], passages, options, progress=progress)
+    total = len(seen)
     told = [forecasts(one) for one in seen]
-    machine = calibrate(seen[: len(known)], told[: len(known)])
+    waking = next(one.waking for one in seen if one.waking is not None)
+    machine = calibrate(seen[: len(known)], told[: len(known)], waking)
     rows = []
     for index, (one, said) in enumerate(zip(seen, told, strict=True)):
         progress("simulating", index, total)
@@ -96,6 +87,30 @@ def bench_validate(options: ValidateOptions, *, progress: Progress) -> dict[str,
         "median_error": median(errors),
         "rows": rows,
     }
+
+
+def _observed(
+    configurations: list[Configuration],
+    passages: dict[int, list[Passage]],
+    options: ValidateOptions,
+    *,
+    progress: Progress,
+) -> list[Observation]:
+    """All of them, in their order; those of one model in turns."""
+    found: dict[Configuration, Observation] = {}
+    for is_large in (False, True):
+        some = [one for one in configurations if (one.model is not None) == is_large]
+        if not some:
+            continue
+        tokens = options.geometry_tokens if is_large else options.tokens
+        seen = observe(
+            some,
+            passages[tokens],
+            repetitions=options.geometry_repetitions if is_large else options.repetitions,
+            progress=lambda done, total: progress("running", done, total),
+        )
+        found |= dict(zip(some, seen, strict=True))
+    return [found[one] for one in configurations]
 
 
 def _row(seen: Observation, simulated: Simulated, *, is_calibration: bool) -> dict[str, Any]:
@@ -127,4 +142,6 @@ def _row(seen: Observation, simulated: Simulated, *, is_calibration: bool) -> di
         "simulated_misses": simulated.misses,
         "slots": seen.subject.num_slots,
         "expert_bytes": seen.subject.expert_bytes,
+        "read": asdict(seen.reads),
+        "call": asdict(seen.calls),
     }

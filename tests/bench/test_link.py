@@ -24,13 +24,38 @@ def copy(link: VirtualLink, expert_idx: int, kind: Kind = Kind.ON_DEMAND):
     return link.submit(ExpertKey(0, expert_idx), expert_idx, kind)
 
 
-def test_copies_of_one_kind_come_one_after_the_other():
+def test_copies_are_sent_one_after_the_other_and_their_latencies_overlap():
     link = link_of(latency_s=0.5 * MS)
     first, second = copy(link, 0), copy(link, 1)
+    first.wait()
+    assert link._clock.now == pytest.approx(1.5 * MS) and not second.done()
     second.wait()
-    assert link._clock.now == pytest.approx(3.0 * MS)
+    assert link._clock.now == pytest.approx(2.5 * MS)
     assert first.done() and link.copied[Kind.ON_DEMAND] == 2
-    assert link.bandwidth() == pytest.approx(1000 / (1.5 * MS))
+    assert link.arrivals(2) == pytest.approx([1.5 * MS, 2.5 * MS])
+
+
+def test_speed_is_what_an_engine_would_measure():
+    """Bytes over the time in which some copy was under way, its latency included."""
+    link = link_of(latency_s=0.5 * MS)
+    assert link.bandwidth() == 0.0
+    copies = [copy(link, 0), copy(link, 1)]
+    for one in copies:
+        one.wait()
+    assert link.bandwidth() == pytest.approx(2000 / (2.5 * MS))
+    link._clock.advance(7 * MS)
+    copy(link, 2).wait()
+    assert link.bandwidth() == pytest.approx(3000 / (4.0 * MS))
+
+
+def test_what_is_on_its_way_is_outstanding_and_cannot_be_cancelled():
+    link = link_of(latency_s=0.5 * MS)
+    one = copy(link, 0)
+    link._clock.advance(1.2 * MS)
+    assert link.outstanding_bytes() == 1000 and not one.cancel()
+    link._clock.advance(0.4 * MS)
+    assert link.outstanding_bytes() == 0 and one.done()
+    assert (one.began_s, one.ended_s) == pytest.approx((0.0, 1.5 * MS))
 
 
 def test_idle_link_does_nothing_until_it_is_asked():
@@ -111,26 +136,47 @@ ACTIONS = st.lists(
 
 @given(ACTIONS)
 def test_link_is_never_idle_with_work_and_never_does_more(actions):
-    """The end of the last copy is when the work given so far ends, whatever overtakes what."""
-    link = link_of(latency_s=0.2 * MS, piece_bytes=300)
-    copies, ends_s = [], 0.0
+    """All is sent when the work given so far ends, whatever overtakes what, and then arrives."""
+    latency_s = 0.2 * MS
+    link = link_of(latency_s=latency_s, piece_bytes=300)
+    copies, submitted, ends_s = [], [], 0.0
     for action, number in actions:
         now = link._clock.now
         if action in ("demand", "ahead"):
             kind = Kind.ON_DEMAND if action == "demand" else Kind.PREFETCH
             copies.append(copy(link, len(copies), kind))
-            ends_s = max(ends_s, now) + 1.2 * MS
+            submitted.append(now)
+            ends_s = max(ends_s, now) + 1.0 * MS
         elif action == "pass":
             link._clock.advance(number * 0.17 * MS)
         elif copies and action == "promote":
             link.promote(copies[number % len(copies)])
         elif copies:
             copies[number % len(copies)].wait()
-            assert link._clock.now <= max(now, ends_s) + 1e-9
+            assert link._clock.now <= max(now, ends_s + latency_s) + 1e-9
         left_s = max(0.0, ends_s - link._clock.now)
-        assert link.outstanding_bytes() == pytest.approx(left_s * link.bandwidth(), abs=1.0)
+        left = link.outstanding_bytes() - 1000 * len(link._arriving)
+        assert left == pytest.approx(left_s / MS * 1000, abs=1.0)
     for one in copies:
         one.wait()
     assert link.outstanding_bytes() == 0
     assert link._clock.now >= ends_s - 1e-9
     assert sum(link.copied.values()) == len(copies)
+    for one, at_s in zip(copies, submitted, strict=True):
+        assert one.began_s >= at_s - 1e-9
+        assert one.ended_s >= one.began_s + 1.0 * MS + latency_s - 1e-9
+    if copies:
+        assert max(one.ended_s for one in copies) == pytest.approx(ends_s + latency_s)
+        spans = [(one.began_s, one.ended_s) for one in copies]
+        if _covered(spans) < link._meter.WINDOW_S:
+            expected = 1000 * len(copies) / _covered(spans)
+            assert link.bandwidth() == pytest.approx(expected)
+
+
+def _covered(spans: list[tuple[float, float]]) -> float:
+    """Length of a union of intervals."""
+    total = end = 0.0
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total

@@ -144,15 +144,19 @@ def test_lru_counts_what_a_plain_lru_counts(seed, slots):
     slots=st.integers(1, 36),
     policy=st.sampled_from(ONLINE),
     has_prompts=st.booleans(),
+    link=st.sampled_from([1.01e6, 4.3e6, 2.9e7]),
 )
-@example(seed=124, slots=5, policy="lfu", has_prompts=True)
+@example(seed=124, slots=5, policy="lfu", has_prompts=True, link=1.01e6)
 @settings(max_examples=30, deadline=None)
-def test_short_way_equals_the_executors_way(seed, slots, policy, has_prompts):
+def test_short_way_equals_the_executors_way(seed, slots, policy, has_prompts, link):
     """Demand-only replay counts what Acquisition counts on a link that is waited for."""
     recorded = planted.routing(seed=seed)
     told = planted.foretold(recorded, noise=0.3, seed=seed) if policy == "forecast" else None
-    arm = arm_of(policy, slots=slots, recorded=recorded, told=told,
-                 times=replace(planted.TIMES, miss_s=2e-4, fetch_s=3e-4))  # fmt: skip
+    # No two sums of these times are the same, so what arrives first is the same either way.
+    times = replace(planted.TIMES, miss_s=2.13e-4, fetch_s=3.07e-4, wave_s=0.71e-4,
+                    wake_s=1.17e-4, wake_share=0.053)  # fmt: skip
+    carriage = replace(planted.CARRIAGE, link_bytes_per_s=link, latency_s=1.9e-4)
+    arm = arm_of(policy, slots=slots, recorded=recorded, told=told, times=times, carriage=carriage)
     _, short = table(recorded, arm, has_prompts=has_prompts)
 
     class Long(Replay):
@@ -199,7 +203,7 @@ def test_bytes_and_times_reconcile_with_hits_and_misses(
     moved = total(rows, "prefetch_issued") - total(rows, "prefetch_cancelled")
     assert total(rows, "bytes_prefetched") == size * moved
     if not has_prompts:
-        in_flight = len(replay._prefetcher._in_flight)
+        in_flight = sum(not one.is_done for one in replay._prefetcher._in_flight.values())
         copied = size * (sum(replay.link.copied.values()) + in_flight)
         read = total(rows, "bytes_on_demand") + total(rows, "bytes_prefetched")
         # Without prefetching, copies are only timed.
@@ -212,8 +216,8 @@ def test_bytes_and_times_reconcile_with_hits_and_misses(
     assert total(rows, "seconds") == pytest.approx(busy + total(rows, "stall_s"))
     if prefetch == "off" and speed == 1e5:
         # Nothing can be hidden behind less than what is computed meanwhile.
-        copy_s = replay.link.copy_s
-        floor = total(rows, "misses") * copy_s - total(rows, "lookups") * times.expert_s
+        send_s = replay.link.send_s
+        floor = total(rows, "misses") * send_s - total(rows, "lookups") * times.expert_s
         assert total(rows, "stall_s") >= floor - 1e-9
 
 
@@ -255,10 +259,24 @@ def test_hand_computed_stall():
     recorded = planted.routing(seed=0, sequences=1, length=3, layers=2)
     arm = arm_of("lru", slots=36, recorded=recorded)
     _, rows = table(recorded, arm)
-    # Copies of 1.1 ms arrive at 1.1, 2.2, 3.3 ms; 0.1 ms of arithmetic hides behind the next one:
-    # waits 1.1 + 1.0 + 1.0 a layer.
-    assert total(rows, "stall_s") == pytest.approx(2 * 3.1e-3)
-    assert total(rows, "seconds") == pytest.approx(1e-4 + 2 * (5e-4 + 3.1e-3 + 3e-4) + 1e-4)
+    # Copies of 1 ms and 0.1 ms of latency arrive at 1.1, 2.1, 3.1 ms; 0.1 ms of arithmetic hides
+    # behind the next one: waits 1.1 + 0.9 + 0.9 a layer.
+    assert total(rows, "stall_s") == pytest.approx(2 * 2.9e-3)
+    assert total(rows, "seconds") == pytest.approx(1e-4 + 2 * (5e-4 + 2.9e-3 + 3e-4) + 1e-4)
+
+
+def test_hand_computed_waves():
+    """What arrives while others are computed is one wave; a wait and a call have their price."""
+    recorded = planted.routing(seed=0, sequences=1, length=3, layers=2)
+    times = replace(planted.TIMES, wave_s=2e-4, wake_s=3e-4, wake_share=0.5)
+    carriage = replace(planted.CARRIAGE, link_bytes_per_s=4e6)
+    arm = arm_of("lru", slots=36, recorded=recorded, times=times, carriage=carriage)
+    _, rows = table(recorded, arm)
+    # Copies of 0.25 ms arrive at 0.35, 0.6 and 0.85 ms. The first is waited for; waking (0.3 and
+    # half of 0.35), the call and an expert last till 1.125 ms, when both others are there.
+    assert total(rows, "stall_s") == pytest.approx(2 * 0.35e-3)
+    layer_s = 0.35e-3 + (0.3e-3 + 0.175e-3 + 0.2e-3 + 0.1e-3) + (0.2e-3 + 2 * 0.1e-3)
+    assert total(rows, "seconds") == pytest.approx(1e-4 + 2 * (5e-4 + layer_s) + 1e-4)
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "layer-lru", "layer-lfu", "static", "belady"])

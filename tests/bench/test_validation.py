@@ -5,6 +5,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import planted_routing as planted
 import pytest
@@ -13,9 +14,10 @@ from outrider.bench import documents
 from outrider.bench.arm import EngineArm
 from outrider.bench.records import Subject
 from outrider.bench.throttle import ThrottledReader
+from outrider.bench.validation.apart import CallTimes, ReadTimes, Waking, waking
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
 from outrider.bench.validation.machine import Observation, Step, observe
-from outrider.bench.validation.model import Machine, Told, calibrate, lacking_layers, simulate
+from outrider.bench.validation.model import Machine, Told, calibrate, simulate, simulated_steps
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts
 from outrider.runtime.errors import UsageError
@@ -23,9 +25,9 @@ from outrider.runtime.experts.pieces import Halt, Piece
 from outrider.runtime.experts.reader import ReadPlan
 
 TRUE = Machine(
-    token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, weight_bytes_per_s=12e9, latency_s=2e-4,
-    link_bytes_per_s=9e8,
+    token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, wake_s=1e-4, wake_share=0.05, dense_bytes_per_s=12e9,
 )  # fmt: skip
+WAKING = Waking(TRUE.wake_s, TRUE.wake_share)
 LENGTH, SEQUENCES = 40, 4
 
 
@@ -41,45 +43,31 @@ def subject_of(expert_bytes: int, slots: int, routing) -> Subject:
     )  # fmt: skip
 
 
-def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, seed: int = 0):
-    """What TRUE would show of a configuration: speeds that are right, steps that vary."""
-    routing = planted.routing(seed=seed, sequences=SEQUENCES, length=LENGTH, layers=4)
+def made_up(configuration: Configuration, *, slots: int, expert_bytes: int, told=None, truth=TRUE):
+    """What a machine would show of a configuration: speeds that are right, steps that vary."""
+    routing = planted.routing(seed=0, sequences=SEQUENCES, length=LENGTH, layers=4)
     blank = Step(0.0, 0.0, 0, 0)
-    steps = [[blank] * (SEQUENCES * (LENGTH - planted.PROMPT))]
     seen = Observation(
-        configuration, subject_of(expert_bytes, slots, routing), routing, lambda: None, steps,
-        num_pieces=-(-expert_bytes // (1 << 20)),
+        configuration, subject_of(expert_bytes, slots, routing), routing, lambda: None,
+        [[blank] * (SEQUENCES * (LENGTH - planted.PROMPT))],
+        reads=ReadTimes(1e-4, 3e-5 + expert_bytes / 1e9),
+        calls=CallTimes(1e-5, expert_bytes / 12e9),
     )  # fmt: skip
-    found = simulate(TRUE, seen, None)
-    weights_s = seen.subject.active_bytes / TRUE.weight_bytes_per_s
-    observed = [
-        Step(
-            TRUE.token_s
-            + weights_s
-            + TRUE.fetch_s * lacking
-            + TRUE.miss_s * misses
-            + found.stall_s,
-            found.stall_s,
-            int(misses),
-            0,
-        )
-        for lacking, misses in lacking_layers(seen)
+    steps = [
+        Step(one.busy_s + one.stall_s, one.stall_s, one.misses, one.issued)
+        for one in simulated_steps(truth, seen, told)
     ]
-    return replace(seen, repetitions=[observed]), found
+    return replace(seen, repetitions=[steps]), simulate(truth, seen, told)
 
 
-def test_a_machine_is_found_again_from_what_it_did():
+@pytest.mark.parametrize("has_resident", [True, False])
+def test_a_machine_is_found_again_from_what_it_did(has_resident):
     small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
     large, _ = made_up(Configuration("geometry", "25%"), slots=12, expert_bytes=4_000_000)
-    machine = calibrate([small, large], [None, None])
-    for name in (
-        "token_s",
-        "fetch_s",
-        "miss_s",
-        "weight_bytes_per_s",
-        "latency_s",
-        "link_bytes_per_s",
-    ):
+    resident, _ = made_up(Configuration(None, "all"), slots=48, expert_bytes=70_000)
+    seen = [small, resident, large] if has_resident else [small, large]
+    machine = calibrate(seen, [None] * len(seen), WAKING)
+    for name in ("token_s", "fetch_s", "miss_s", "wake_s", "wake_share", "dense_bytes_per_s"):
         assert getattr(machine, name) == pytest.approx(getattr(TRUE, name), rel=0.05), name
     for slots in (6, 20, 36):
         for size in (70_000, 4_000_000):
@@ -88,20 +76,67 @@ def test_a_machine_is_found_again_from_what_it_did():
             assert guess.tokens_per_second == pytest.approx(found.tokens_per_second, rel=0.03)
 
 
-def test_what_forecasts_cost_beside_an_engine_is_found_again():
-    factor = 4.0
+def test_what_reading_ahead_costs_beside_an_engine_is_found_again():
     small, _ = made_up(Configuration(None, "25%"), slots=12, expert_bytes=70_000)
-    ahead = replace(small, configuration=Configuration(None, "25%", prefetch="on"))
-    told = Told(planted.foretold(ahead.routing, noise=0.2), 2e-4)
-    truth = replace(TRUE, forecast_factor=factor)
-    token_s = 1.0 / simulate(truth, ahead, told).tokens_per_second
-    steps = [[Step(token_s, 0.0, 1, 0)] * len(ahead.repetitions[0])]
-    machine = calibrate([small, replace(ahead, repetitions=steps)], [None, told])
-    other, _ = made_up(Configuration(None, "x"), slots=24, expert_bytes=70_000)
-    other = replace(other, configuration=ahead.configuration)
-    assert machine.forecast_factor == pytest.approx(factor, rel=0.15)
+    told = Told(planted.foretold(small.routing, noise=0.2), 2e-4)
+    truth = replace(TRUE, forecast_factor=4.0, issue_s=3e-4)
+    ahead = Configuration(None, "25%", prefetch="on")
+    seen, _ = made_up(ahead, slots=12, expert_bytes=70_000, told=told, truth=truth)
+    machine = calibrate([small, seen], [None, told], WAKING)
+    assert machine.issue_s == pytest.approx(truth.issue_s, rel=0.3)
+    assert machine.forecast_factor == pytest.approx(truth.forecast_factor, rel=0.15)
+    other, found = made_up(ahead, slots=24, expert_bytes=70_000, told=told, truth=truth)
     guess = simulate(machine, other, told).tokens_per_second
-    assert guess == pytest.approx(simulate(truth, other, told).tokens_per_second, rel=0.03)
+    assert guess == pytest.approx(found.tokens_per_second, rel=0.03)
+
+
+def test_what_a_wait_leaves_behind_is_told_from_the_wait(monkeypatch):
+    """A made-up engine takes 0.2 ms and a tenth of the sleep more after it, on a false clock."""
+    clock = Clock()
+    monkeypatch.setattr("outrider.bench.validation.apart.time", clock)
+    monkeypatch.setattr("outrider.bench.validation.apart.adapter.install", clock.install)
+    layers = [SimpleNamespace() for _ in range(4)]
+    engine = SimpleNamespace(
+        loaded=SimpleNamespace(model=None, layers=layers),
+        tier=SimpleNamespace(
+            source=SimpleNamespace(shape=SimpleNamespace(num_moe_layers=4)),
+            executor=SimpleNamespace(forward=clock.compute),
+        ),
+    )
+
+    def token_s() -> float:
+        began = clock.now
+        for _ in layers:
+            clock.forward()
+        return clock.now - began
+
+    clock.forward = clock.compute
+    found = waking(engine, token_s)
+    assert (found.wake_s, found.wake_share) == pytest.approx((2e-4, 0.1))
+    assert clock.forward == clock.compute
+
+
+class Clock:
+    """Sleeps and layers on a clock that nobody waits for."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.slept_s = 0.0
+        self.forward = self.compute
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += 1.1 * seconds  # later than asked for, as systems do
+        self.slept_s = 1.1 * seconds
+
+    def compute(self) -> None:
+        self.now += 1e-3 + (2e-4 + 0.1 * self.slept_s if self.slept_s else 0.0)
+        self.slept_s = 0.0
+
+    def install(self, model, layers, forward) -> None:
+        self.forward = forward
 
 
 def test_throttled_disk_is_never_faster():
@@ -152,9 +187,11 @@ def test_replay_misses_what_the_engine_missed():
     )
     encoder.close()
     for eviction in ("lru", "layer-lfu"):
-        seen = observe(Configuration(None, "25%", eviction=eviction), passages, repetitions=1)
+        one = Configuration(None, "25%", eviction=eviction)
+        (seen,) = observe([one], passages, repetitions=1)
         steps = [step for one in seen.repetitions for step in one]
-        found = simulate(replace(TRUE, weight_bytes_per_s=1e12), seen, None)
+        found = simulate(TRUE, seen, None)
+        assert min(seen.reads.send_s, seen.calls.expert_s) > 0.0 and seen.waking is None
         assert found.misses == pytest.approx(sum(one.misses for one in steps) / len(steps))
 
 
