@@ -114,7 +114,7 @@ class EngineArm:
             device=str(loaded.device),
             predictor=engine.tier.predictor_name,
             prefetch=self._config.prefetch,
-            eviction=self._config.eviction,
+            eviction=engine.tier.eviction_name,
             num_moe_layers=shape.num_moe_layers,
             num_experts=shape.num_experts,
             top_k=shape.top_k,

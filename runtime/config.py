@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import FieldError, UsageError
-from .experts.eviction import DEFAULT_EVICTION, EVICTIONS
+from .experts.eviction import EVICTIONS
 from .limits import Limit, check_bool, check_integer, refusal
 from .provenance import DEFAULT, Provenance, gather
 from .sizes import ExpertBudget, parse_budget
@@ -24,7 +24,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "dense_format": ("same", "int8", "int4"),
     "dtype": ("auto", "fp32", "bf16", "fp16"),
     "prefetch": ("auto", "on", "off"),
-    "eviction": tuple(EVICTIONS),
+    "eviction": ("auto", *EVICTIONS),
     "on_miss": ("fetch", "host", "auto"),
 }
 NUM_THREADS = Limit(1, 1024)
@@ -41,7 +41,8 @@ class EngineConfig:
     """Everything the engine may be told, checked on construction; INTERFACES section 1.
 
     `expert_memory` and `host_memory` are sizes as `sizes.parse_budget` reads them. `predictor` is a
-    name or a folder made by `outrider train`. `device` auto is the CPU, until the GPU's path has
+    name or a folder made by `outrider train`. `eviction` auto is by forecast where a predictor
+    serves to read ahead, else `DEFAULT_EVICTION`. `device` auto is the CPU, until the GPU's path has
     been seen to work.
     `num_threads` None leaves torch's own choice. `profile` is a folder for traces of the run.
 
@@ -55,7 +56,7 @@ class EngineConfig:
     dtype: str = "auto"
     predictor: str | Path = "auto"
     prefetch: str = "auto"
-    eviction: str = DEFAULT_EVICTION
+    eviction: str = "auto"
     on_miss: str = "fetch"
     verify_on_load: bool = False
     device: str = "auto"

@@ -22,7 +22,7 @@ from .errors import UsageError
 from .executor import ExpertExecutor
 from .experts.arithmetic import ExpertArithmetic, KernelArithmetic, ModuleArithmetic
 from .experts.cache import ExpertCache
-from .experts.eviction import make_eviction
+from .experts.eviction import DEFAULT_EVICTION, make_eviction
 from .experts.identity import SourceIdentity
 from .experts.layout import ExpertSource
 from .experts.prefetcher import Mode, Prefetcher
@@ -59,6 +59,7 @@ class ExpertTier:
     make_predictor: Callable[[], Predictor | None]
     num_slots: int
     predictor_name: str
+    eviction_name: str
     host_arena: SlotArena | None = None
     frequencies: np.ndarray | None = None
 
@@ -137,8 +138,13 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
     wanted = config.predictor if is_foreseeing else "none"
     speculation = choose_predictor(wanted, loaded)
     prefetch = cast("Mode", config.prefetch if speculation.name != "none" else "off")
+    eviction = config.eviction
+    if eviction == "auto":
+        # Where forecasts are made anyway, or would be, they cost nothing more.
+        has_victims = num_slots < source.shape.num_routed_experts
+        eviction = "forecast" if prefetch != "off" and has_victims else DEFAULT_EVICTION
     cache = ExpertCache(
-        num_slots, eviction=make_eviction(config.eviction, shape=source.shape, num_slots=num_slots)
+        num_slots, eviction=make_eviction(eviction, shape=source.shape, num_slots=num_slots)
     )
     arena = SlotArena(num_slots, source.views, source.nbytes, device=loaded.device)
     if loaded.device.type == "cuda":
@@ -172,6 +178,7 @@ def build_tier(loaded: LoadedModel, config: EngineConfig, *, source: ExpertSourc
         speculation.make,
         num_slots,
         speculation.name,
+        eviction,
         host_arena,
         speculation.frequencies,
     )

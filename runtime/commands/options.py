@@ -64,7 +64,9 @@ Predictor: TypeAlias = Annotated[
     ),
 ]
 Prefetch: TypeAlias = Annotated[str | None, _engine("on, off, or auto: as far as it pays [auto]")]
-Eviction: TypeAlias = Annotated[str | None, _engine("lru, lfu, layer-lru, layer-lfu, static, ...")]
+Eviction: TypeAlias = Annotated[
+    str | None, _engine("auto, forecast, layer-lfu, layer-lru, lfu, lru, static")
+]
 OnMiss: TypeAlias = Annotated[
     str | None, _engine("fetch, or on a GPU machine host or auto [fetch]")
 ]

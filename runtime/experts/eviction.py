@@ -31,7 +31,7 @@ WARMUP_TOKENS = 128
 """Tokens that `static` counts before it fixes the hot set."""
 
 DEFAULT_EVICTION = "layer-lfu"
-"""Ahead of layer-lru at every budget of the first study (DESIGN section 6), and like it unable to
+"""Where nothing is forecast. Ahead of layer-lru at every budget of the first study (DESIGN section 6), and like it unable to
 collapse below one step's working set."""
 
 

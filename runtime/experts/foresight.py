@@ -18,9 +18,9 @@ DISCOUNT = 0.6
 """What a use one token later is worth: a slot kept for it could have served another meanwhile. By
 replay (bench/LOG.md, 2026-11-26); an oracle would take 0.8, and loses 1 to 6 % of its lead."""
 
-RATE_HALF_LIFE_TOKENS = 200
-"""For what no forecast speaks of: beyond the next token an expert's use is the text's, not the
-sentence's."""
+RATE_HALF_LIFE_TOKENS = 64
+"""For what no forecast speaks of. By replay with nano's ensemble, on validation and test text: 32 is
+as good, and with 200 there are 1 to 7 % more misses at 25 % and above (bench/LOG.md, 2026-11-27)."""
 
 SPARED = 0.3
 """An expert forecast for this token with this probability stays while others may go."""
@@ -44,7 +44,8 @@ class UseRates:
         self._top_k = float(shape.top_k)
         self._discount = discount
         self._growth = 2.0 ** (1.0 / (RATE_HALF_LIFE_TOKENS * shape.top_k))
-        self._weight = np.zeros(size)
+        # Lists, since a use is counted at each look-up and the whole is read once a layer.
+        self._weight = [[0.0] * shape.num_experts for _ in range(shape.num_moe_layers)]
         self._increment = [1.0] * shape.num_moe_layers
         # As of the last reading, but for layers used since.
         self._rates, self._beyond = np.zeros(size), np.zeros(size)
@@ -52,13 +53,13 @@ class UseRates:
 
     def count(self, key: ExpertKey) -> None:
         """One use of `key`, after which older ones of its layer weigh a little less."""
-        layer_idx = key.layer_idx
+        layer_idx, expert_idx = key
         increment = self._increment[layer_idx] * self._growth
         if increment > _MAX_INCREMENT:
-            self._weight[layer_idx] /= increment
+            self._weight[layer_idx] = [one / increment for one in self._weight[layer_idx]]
             increment = 1.0
         self._increment[layer_idx] = increment
-        self._weight[key] += increment
+        self._weight[layer_idx][expert_idx] += increment
         self._changed.add(layer_idx)
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +69,7 @@ class UseRates:
         """
         discount = self._discount
         for layer_idx in self._changed:
-            weight = self._weight[layer_idx]
+            weight = np.array(self._weight[layer_idx])
             total = max(weight.sum(), 1e-300)
             rates = self._rates[layer_idx]
             np.minimum(weight * (self._top_k / total), 1.0, out=rates)

@@ -22,7 +22,7 @@ OPTIONS = {
     "dtype": (["auto", "fp32", "bf16", "fp16"], ["float32", "int8"]),
     "predictor": (["auto", "none", "lookahead"], ["", "no-such-folder", None, 3, ["none"]]),
     "prefetch": (["on", "off", "auto"], [True, "yes", ""]),
-    "eviction": (list(EVICTIONS), ["fifo", "LRU", None]),
+    "eviction": (["auto", *EVICTIONS], ["fifo", "LRU", None]),
     "on_miss": (["fetch"], ["drop", None, True]),
     "verify_on_load": ([True, False], [1, "true", None]),
     "device": (["auto", "cpu"], ["gpu", "cuda:", "cuda:-1", "cuda:x", "CPU", "cpu:0", 0, None]),

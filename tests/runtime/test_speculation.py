@@ -101,6 +101,27 @@ def test_every_family_runs_from_its_folder_and_changes_no_token(
         assert engine.tier.executor.cache.counters.prefetch_issued > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({}, "forecast"),
+        ({"prefetch": "on"}, "forecast"),
+        ({"prefetch": "off"}, "layer-lfu"),
+        ({"predictor": "none"}, "layer-lfu"),
+        ({"expert_memory": "all"}, "layer-lfu"),
+        ({"prefetch": "off", "eviction": "forecast"}, "forecast"),
+        ({"eviction": "lru"}, "lru"),
+    ],
+)
+def test_experts_leave_by_forecast_where_there_is_one_anyway(options, name, models, folders):
+    told = {"expert_memory": "25%", "predictor": str(folders["statistics"])} | options
+    with models.engine(FAMILY, **told) as engine:
+        assert engine.tier.eviction_name == name
+        # A predictor is loaded only where something asks it.
+        is_forecast = name == "forecast" or told.get("prefetch") == "on"
+        assert (engine.tier.predictor_name != "none") >= is_forecast
+
+
 @pytest.fixture
 def own_folder(models, tmp_path):
     """A checkpoint that a test may change."""
