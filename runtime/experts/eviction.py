@@ -31,8 +31,8 @@ WARMUP_TOKENS = 128
 """Tokens that `static` counts before it fixes the hot set."""
 
 DEFAULT_EVICTION = "layer-lfu"
-"""Where nothing is forecast. Ahead of layer-lru at every budget of the first study (DESIGN section 6), and like it unable to
-collapse below one step's working set."""
+"""Where nothing is forecast. Ahead of layer-lru at every budget of the first study (DESIGN section
+6), and like it unable to collapse below one step's working set."""
 
 
 class EvictionPolicy(Protocol):

@@ -19,8 +19,8 @@ DISCOUNT = 0.6
 replay (bench/LOG.md, 2026-11-26); an oracle would take 0.8, and loses 1 to 6 % of its lead."""
 
 RATE_HALF_LIFE_TOKENS = 64
-"""For what no forecast speaks of. By replay with nano's ensemble, on validation and test text: 32 is
-as good, and with 200 there are 1 to 7 % more misses at 25 % and above (bench/LOG.md, 2026-11-27)."""
+"""For what no forecast speaks of. By replay with nano's ensemble on validation and test text 32 is
+as good, and 200 misses 1 to 7 % more at 25 % and above (bench/LOG.md, 2026-11-27)."""
 
 SPARED = 0.3
 """An expert forecast for this token with this probability stays while others may go."""
