@@ -163,6 +163,8 @@ class TokenPass:
         self._kept = (layers, gates, norm, head)
         self._embeddings, self._vocab_size = embeddings, head.shape[0]
         self._rooms: dict[int, _Room] = {}
+        self._experts: ExpertWeights | None = None
+        self._experts_address = 0
         self._call = native.loaded().outrider_decode
 
     def __call__(
@@ -192,7 +194,10 @@ class TokenPass:
         room.have_turns(turns[0].shape[1])
         tokens, logits = room.tokens, room.x.new_empty(num_rows, self._vocab_size)
         tokens.logits = logits.data_ptr()
-        tokens.experts = ctypes.addressof(native.experts_of(experts))
+        if experts is not self._experts:
+            self._experts = experts
+            self._experts_address = ctypes.addressof(native.experts_of(experts))
+        tokens.experts = self._experts_address
         tokens.slots = slots.ctypes.data
         tokens.cosine_table, tokens.sine_table = turns[0].data_ptr(), turns[1].data_ptr()
         tokens.pasts = pasts.part(0, Way.STREAMED)[0]

@@ -155,16 +155,20 @@ class ExpertExecutor:
     def record(self, topk_ids: np.ndarray, *, first_layer: int) -> None:
         """Count the look-ups of layers that lacked nothing: topk_ids [l, T, K]."""
         traffic, cache = self._traffic, self.cache
+        num_uses = num_prefetched = 0
         for layer_idx, ids in enumerate(topk_ids.tolist(), start=first_layer):
             cache.advance(self._step, layer_idx)
-            for expert_idx in sorted({expert_idx for row in ids for expert_idx in row}):
+            # A token's experts are distinct.
+            chosen = ids[0] if len(ids) == 1 else {expert for row in ids for expert in row}
+            for expert_idx in sorted(chosen):
                 key = ExpertKey(layer_idx, expert_idx)
-                traffic.lookups += 1
+                num_uses += 1
                 if cache.record_use(key):
-                    traffic.hits_prefetched += 1
+                    num_prefetched += 1
                     traffic.prefetch_used_next += self.prefetcher.was_for_next(key)
-                else:
-                    traffic.hits_resident += 1
+        traffic.lookups += num_uses
+        traffic.hits_prefetched += num_prefetched
+        traffic.hits_resident += num_uses - num_prefetched
 
     def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
         # With every expert in its slot there is nothing left to forecast.
