@@ -261,7 +261,7 @@ def validate(
     ] = None,
     passages: Annotated[int, typer.Option(min=1, help="texts to decode")] = 2,
     tokens: Annotated[int, typer.Option(min=8, help="tokens to decode a passage")] = 40,
-    repetitions: Annotated[int, typer.Option(min=1, help="timed runs of each")] = 3,
+    repetitions: Annotated[int, typer.Option(min=1, help="timed runs of each, in turns")] = 5,
     plot: Plot = None,
     json: options.Json = False,
 ) -> None:
