@@ -1,7 +1,8 @@
 """What the simulator is told of this machine that no run's total shows: measured beside the runs.
 
-How long reads of experts take, how long a call of the experts' kernel takes, and what a wait
-leaves behind. On the engine's own transfers, files, slots and kernels; knows no configuration.
+How long reads of experts take, how long a call of the experts' kernel takes, and what a layer costs
+at which something is asked or waited for. On the engine's own transfers, files, slots and kernels;
+knows no configuration.
 """
 
 import time
@@ -49,9 +50,13 @@ class CallTimes:
 
 
 @dataclass(frozen=True, slots=True)
-class Waking:
-    """Busy seconds that a wait costs after it has ended: `wake_s` + `wake_share` of its length."""
+class Interruption:
+    """Busy seconds that it costs to leave the native pass over a token at a layer, which is done
+    for whoever asks or lacks something there: `leave_s`. To wait there costs `wake_s` and
+    `wake_share` of the wait more, after it has ended.
+    """
 
+    leave_s: float
     wake_s: float
     wake_share: float
 
@@ -135,34 +140,39 @@ def call_times(engine: Engine, *, seed: int = 0) -> CallTimes:
     return CallTimes(*_line(sizes, [float(np.median(taken_s[size])) for size in sizes]))
 
 
-def waking(engine: Engine, busy_s: Callable[[], float]) -> Waking:
-    """What sleeping before each layer costs a token beside the sleep itself. Blocks.
+def interruption(engine: Engine, busy_s: Callable[[], float]) -> Interruption:
+    """What standing before each layer costs a token, and sleeping there, beside the sleep itself.
+    Blocks.
 
     `busy_s` runs tokens and returns the seconds of one; the engine holds all its experts, so that
     nothing else waits. A line through the costs of SLEEPS_S.
     """
     num_layers = engine.tier.source.shape.num_moe_layers
-    lengths, costs = [], []
+    leaving, lengths, costs = [], [], []
     for sleep_s in SLEEPS_S:
         plain_s = busy_s()
+        with _sleeping(engine, None):
+            standing_s = busy_s()
         with _sleeping(engine, sleep_s) as slept:
             with_s = busy_s()
         length = float(np.mean(slept))
+        leaving.append((standing_s - plain_s) / num_layers)
         lengths.append(length)
-        costs.append((with_s - plain_s) / num_layers - length)
-    return Waking(*_line(lengths, costs))
+        costs.append((with_s - standing_s) / num_layers - length)
+    return Interruption(max(0.0, float(np.median(leaving))), *_line(lengths, costs))
 
 
 @contextmanager
-def _sleeping(engine: Engine, seconds: float) -> Iterator[list[float]]:
-    """Sleep before each layer; how long that was."""
+def _sleeping(engine: Engine, seconds: float | None) -> Iterator[list[float]]:
+    """Sleep before each layer, or only stand there; how long that was."""
     loaded, forward = engine.loaded, engine.tier.executor.forward
     slept: list[float] = []
 
     def late(*arguments: Any) -> torch.Tensor:
-        began = time.perf_counter()
-        time.sleep(seconds)
-        slept.append(time.perf_counter() - began)
+        if seconds is not None:
+            began = time.perf_counter()
+            time.sleep(seconds)
+            slept.append(time.perf_counter() - began)
         return forward(*arguments)
 
     adapter.install(loaded.model, loaded.layers, late)

@@ -18,7 +18,7 @@ from ...runtime.request import GenerationRequest
 from ..arm import EngineArm, FollowingSampler
 from ..records import Passage, Subject
 from ..routing import Routing
-from .apart import CallTimes, ReadTimes, Waking, call_times, read_times, waking
+from .apart import CallTimes, Interruption, ReadTimes, call_times, interruption, read_times
 from .configurations import Configuration
 
 
@@ -49,7 +49,7 @@ class Observation:
     repetitions: list[list[Step]]
     reads: ReadTimes
     calls: CallTimes
-    waking: Waking | None = None
+    interruption: Interruption | None = None
 
     @property
     def tokens_per_second(self) -> list[float]:
@@ -68,9 +68,9 @@ class Witness(EngineArm):
         """Of the experts' kernel; see `apart`."""
         return call_times(self._engine)
 
-    def waking(self, passages: list[Passage]) -> Waking:
+    def interruption(self, passages: list[Passage]) -> Interruption:
         """What a wait costs a token; of an engine that holds all its experts."""
-        return waking(
+        return interruption(
             self._engine,
             lambda: float(np.median([one.wall_s - one.stall_s for one in self.follow(passages)])),
         )
@@ -209,7 +209,7 @@ def observe(
         return [
             Observation(
                 one, subject, routing, arm.make_predictor, steps, apart.reads(one),
-                apart.calls(one), apart.waking(one),
+                apart.calls(one), apart.interruption(one),
             )
             for one, subject, routing, arm, steps in zip(
                 configurations, subjects, routings, arms, timed, strict=True
@@ -226,7 +226,9 @@ class _Apart:
         self._resident = [(one, arm) for one, arm in both if one.budget == "all"]
         self._reads: dict[str, list[ReadTimes]] = {name: [] for name in self._arms}
         self._calls: dict[str, list[CallTimes]] = {name: [] for name in self._arms}
-        self._waking: dict[Configuration, list[Waking]] = {one: [] for one, _ in self._resident}
+        self._interruption: dict[Configuration, list[Interruption]] = {
+            one: [] for one, _ in self._resident
+        }
 
     def measure(self, passages: list[Passage]) -> None:
         """Once more of everything."""
@@ -234,7 +236,7 @@ class _Apart:
             self._reads[name].append(arm.reads())
             self._calls[name].append(arm.calls())
         for one, arm in self._resident:
-            self._waking[one].append(arm.waking(passages[:1]))
+            self._interruption[one].append(arm.interruption(passages[:1]))
 
     def reads(self, one: Configuration) -> ReadTimes:
         return ReadTimes(*_medians(self._reads[one.format]))
@@ -242,9 +244,9 @@ class _Apart:
     def calls(self, one: Configuration) -> CallTimes:
         return CallTimes(*_medians(self._calls[one.format]))
 
-    def waking(self, one: Configuration) -> Waking | None:
-        found = self._waking.get(one)
-        return None if not found else Waking(*_medians(found))
+    def interruption(self, one: Configuration) -> Interruption | None:
+        found = self._interruption.get(one)
+        return None if not found else Interruption(*_medians(found))
 
 
 def _medians(values: Sequence[Any]) -> list[float]:

@@ -19,7 +19,7 @@ from ...runtime.experts.eviction import EVICTIONS
 from ..forecaster import follow
 from ..foretold import Foretold
 from ..replay import COUNTS, Arm, Carriage, Replay, Schedule, StepTimes
-from .apart import ReadTimes, Waking
+from .apart import Interruption, ReadTimes
 from .machine import Observation
 
 _AT = {name: index for index, name in enumerate(COUNTS)}
@@ -36,7 +36,8 @@ class Machine:
     """Seconds, and bytes a second that products read dense weights at.
 
     A wait costs `wake_s` and `wake_share` of its length afterwards; `issue_s` is of an expert read
-    ahead. Forecasts take `forecast_factor` times what they take outside of an engine.
+    ahead. A layer with forecasts costs `leave_s`, since no native pass goes on through it, and
+    `forecast_factor` times what they take outside of an engine.
     """
 
     token_s: float
@@ -46,6 +47,7 @@ class Machine:
     wake_share: float
     dense_bytes_per_s: float
     issue_s: float = 0.0
+    leave_s: float = 0.0
     forecast_factor: float = 1.0
 
     def as_dict(self) -> dict[str, float]:
@@ -121,12 +123,16 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
             fetch_s=machine.fetch_s,
             miss_s=machine.miss_s,
             issue_s=machine.issue_s,
-            forecast_s=0.0 if told is None else machine.forecast_factor * told.seconds,
+            forecast_s=0.0 if told is None else _forecast_s(machine, told),
             wave_s=seen.calls.wave_s,
             wake_s=machine.wake_s,
             wake_share=machine.wake_share,
         ),
     )
+
+
+def _forecast_s(machine: Machine, told: Told) -> float:
+    return machine.leave_s + machine.forecast_factor * told.seconds
 
 
 def _dense_bytes(seen: Observation) -> int:
@@ -182,7 +188,9 @@ def _prompt(seen: Observation) -> int:
     return int(np.diff(seen.routing.offsets)[0]) - len(seen.repetitions[0]) // sequences
 
 
-def calibrate(seen: Sequence[Observation], told: Sequence[Told | None], waking: Waking) -> Machine:
+def calibrate(
+    seen: Sequence[Observation], told: Sequence[Told | None], interruption: Interruption
+) -> Machine:
     """A machine that does in the observed configurations what was observed.
 
     The first reads on demand. One that misses nothing fixes a token's own time; one of much larger
@@ -190,7 +198,7 @@ def calibrate(seen: Sequence[Observation], told: Sequence[Told | None], waking: 
     what forecasts cost beside an engine. `told` is what each was told.
     """
     by_demand = [one for one, said in zip(seen, told, strict=True) if said is None]
-    machine = _by_demand(by_demand, waking)
+    machine = _by_demand(by_demand, interruption)
     for one, said in zip(seen, told, strict=True):
         if said is not None:
             machine = replace(machine, issue_s=_issue_s(one))
@@ -223,11 +231,11 @@ def _forecast_factor(machine: Machine, seen: Observation, told: Told) -> float:
     return _where(token_s, wanted_s, first=1.0, limit=1e3)
 
 
-def _by_demand(seen: Sequence[Observation], waking: Waking) -> Machine:
+def _by_demand(seen: Sequence[Observation], interruption: Interruption) -> Machine:
     first = seen[0]
     large = max(seen, key=lambda one: one.subject.expert_bytes)
     resident = next((one for one in seen if not _mean(one, "misses")), None)
-    machine = replace(BLANK, wake_s=waking.wake_s, wake_share=waking.wake_share)
+    machine = replace(BLANK, **asdict(interruption))
     if resident is not None:
         token_s = _busy_s(resident) - _mean_busy(simulated_steps(machine, resident, None))
         machine = replace(machine, token_s=max(0.0, token_s))

@@ -63,8 +63,8 @@ def bench_validate(options: ValidateOptions, *, progress: Progress) -> dict[str,
     seen = _observed([*known, *others], passages, options, progress=progress)
     total = len(seen)
     told = [forecasts(one) for one in seen]
-    waking = next(one.waking for one in seen if one.waking is not None)
-    machine = calibrate(seen[: len(known)], told[: len(known)], waking)
+    interruption = next(one.interruption for one in seen if one.interruption is not None)
+    machine = calibrate(seen[: len(known)], told[: len(known)], interruption)
     rows = []
     for index, (one, said) in enumerate(zip(seen, told, strict=True)):
         progress("simulating", index, total)

@@ -14,7 +14,7 @@ from outrider.bench import documents
 from outrider.bench.arm import EngineArm
 from outrider.bench.records import Subject
 from outrider.bench.throttle import ThrottledReader
-from outrider.bench.validation.apart import CallTimes, ReadTimes, Waking, waking
+from outrider.bench.validation.apart import CallTimes, Interruption, ReadTimes, interruption
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
 from outrider.bench.validation.machine import Observation, Step, observe
 from outrider.bench.validation.model import Machine, Told, calibrate, simulate, simulated_steps
@@ -26,8 +26,9 @@ from outrider.runtime.experts.reader import ReadPlan
 
 TRUE = Machine(
     token_s=4e-3, fetch_s=3e-4, miss_s=6e-5, wake_s=1e-4, wake_share=0.05, dense_bytes_per_s=12e9,
+    leave_s=5e-5,
 )  # fmt: skip
-WAKING = Waking(TRUE.wake_s, TRUE.wake_share)
+INTERRUPTION = Interruption(TRUE.leave_s, TRUE.wake_s, TRUE.wake_share)
 LENGTH, SEQUENCES = 40, 4
 
 
@@ -66,7 +67,7 @@ def test_a_machine_is_found_again_from_what_it_did(has_resident):
     large, _ = made_up(Configuration("geometry", "25%"), slots=12, expert_bytes=4_000_000)
     resident, _ = made_up(Configuration(None, "all"), slots=48, expert_bytes=70_000)
     seen = [small, resident, large] if has_resident else [small, large]
-    machine = calibrate(seen, [None] * len(seen), WAKING)
+    machine = calibrate(seen, [None] * len(seen), INTERRUPTION)
     for name in ("token_s", "fetch_s", "miss_s", "wake_s", "wake_share", "dense_bytes_per_s"):
         assert getattr(machine, name) == pytest.approx(getattr(TRUE, name), rel=0.05), name
     for slots in (6, 20, 36):
@@ -82,7 +83,7 @@ def test_what_reading_ahead_costs_beside_an_engine_is_found_again():
     truth = replace(TRUE, forecast_factor=4.0, issue_s=3e-4)
     ahead = Configuration(None, "25%", prefetch="on")
     seen, _ = made_up(ahead, slots=12, expert_bytes=70_000, told=told, truth=truth)
-    machine = calibrate([small, seen], [None, told], WAKING)
+    machine = calibrate([small, seen], [None, told], INTERRUPTION)
     assert machine.issue_s == pytest.approx(truth.issue_s, rel=0.3)
     assert machine.forecast_factor == pytest.approx(truth.forecast_factor, rel=0.15)
     other, found = made_up(ahead, slots=24, expert_bytes=70_000, told=told, truth=truth)
@@ -110,10 +111,10 @@ def test_what_a_wait_leaves_behind_is_told_from_the_wait(monkeypatch):
             clock.forward()
         return clock.now - began
 
-    clock.forward = clock.compute
-    found = waking(engine, token_s)
-    assert (found.wake_s, found.wake_share) == pytest.approx((2e-4, 0.1))
-    assert clock.forward == clock.compute
+    clock.forward = clock.native
+    found = interruption(engine, token_s)
+    assert (found.leave_s, found.wake_s, found.wake_share) == pytest.approx((3e-4, 2e-4, 0.1))
+    assert clock.forward == clock.native
 
 
 class Clock:
@@ -122,7 +123,7 @@ class Clock:
     def __init__(self) -> None:
         self.now = 0.0
         self.slept_s = 0.0
-        self.forward = self.compute
+        self.forward = self.native
 
     def perf_counter(self) -> float:
         return self.now
@@ -131,12 +132,15 @@ class Clock:
         self.now += 1.1 * seconds  # later than asked for, as systems do
         self.slept_s = 1.1 * seconds
 
+    def native(self) -> None:
+        self.now += 7e-4
+
     def compute(self) -> None:
         self.now += 1e-3 + (2e-4 + 0.1 * self.slept_s if self.slept_s else 0.0)
         self.slept_s = 0.0
 
     def install(self, model, layers, forward) -> None:
-        self.forward = forward
+        self.forward = self.native if forward == self.compute else forward
 
 
 def test_throttled_disk_is_never_faster():
@@ -191,7 +195,7 @@ def test_replay_misses_what_the_engine_missed():
         (seen,) = observe([one], passages, repetitions=1)
         steps = [step for one in seen.repetitions for step in one]
         found = simulate(TRUE, seen, None)
-        assert min(seen.reads.send_s, seen.calls.expert_s) > 0.0 and seen.waking is None
+        assert min(seen.reads.send_s, seen.calls.expert_s) > 0.0 and seen.interruption is None
         assert found.misses == pytest.approx(sum(one.misses for one in steps) / len(steps))
 
 
