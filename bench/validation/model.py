@@ -36,8 +36,8 @@ class Machine:
     """Seconds, and bytes a second that products read dense weights at.
 
     A wait costs `wake_s` and `wake_share` of its length afterwards; `issue_s` is of an expert read
-    ahead. A layer with forecasts costs `leave_s`, since no native pass goes on through it, and
-    `forecast_factor` times what they take outside of an engine.
+    ahead. A layer that lacks an expert or has forecasts costs `leave_s`, since no native pass goes
+    on through it; forecasts take `forecast_factor` times what they take outside of an engine.
     """
 
     token_s: float
@@ -120,7 +120,8 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
             layer_s=(machine.token_s + dense_s) / layers,
             expert_s=seen.calls.expert_s,
             end_s=0.0,
-            fetch_s=machine.fetch_s,
+            # Where something is asked, the native pass was left before something was lacking.
+            fetch_s=machine.fetch_s + (machine.leave_s if told is None else 0.0),
             miss_s=machine.miss_s,
             issue_s=machine.issue_s,
             forecast_s=0.0 if told is None else _forecast_s(machine, told),
