@@ -107,7 +107,7 @@ def test_where_nothing_stalls_nothing_is_tried() -> None:
 
 def test_too_little_stall_for_what_looking_ahead_costs_is_not_tried_again() -> None:
     course = Course(forecast_s=0.2)
-    course.run(300, on_s=1.5, off_s=1.0)
+    course.run(500, on_s=1.5, off_s=1.0)
     assert any(course.reaches)
     assert not any(course.run(2000, on_s=1.1, off_s=1.0, stall_s=0.05))
 
@@ -297,3 +297,10 @@ def test_a_bad_control_is_repeated_before_it_is_believed() -> None:
     course.run(4, on_s=0.7, off_s=0.5)  # a control without look-ahead that is fast by chance
     late = course.run(400, on_s=0.7, off_s=1.0)
     assert sum(reach > 0 for reach in late) > 0.85 * len(late)
+
+
+@pytest.mark.parametrize("tokens", [60, 150, 200, 300])
+def test_a_loss_that_was_measured_is_no_loss_to_short_answers_either(tokens: int) -> None:
+    off, on = recorded_steps.NANO_OFF, recorded_steps.NANO_ON
+    ratios = [decode_recorded(tokens, off=off, on=on, seed=seed)[0] for seed in range(60)]
+    assert fmean(ratios) > 0.98
