@@ -241,10 +241,11 @@ class Replay:
                 missed += missing
                 spend("misses", times.miss_s * missing + (times.fetch_s if missing else 0.0))
                 self.link.release()
-                if foretold is not None and is_asking:
+                is_free = acquisition.is_reading
+                is_due = is_asking and prefetcher.is_due(step, layer_idx, is_free=is_free)
+                if foretold is not None and is_due:
                     for forecast in foretold.in_pass(sequence, step, layer_idx):
                         prefetcher.offer(forecast)
-                if is_asking:
                     spend("forecasts", times.forecast_s)
                 self._read_ahead(step, layer_idx)
                 asked = clock.now

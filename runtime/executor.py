@@ -296,7 +296,8 @@ class ExpertExecutor:
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor, *, is_free: bool) -> None:
         # What compute would have waited for anyway is no cost of a forecast.
         began = time.perf_counter()
-        if self._is_asking and self._observers:
+        is_asking = self._is_asking and bool(self._observers)
+        if is_asking and self.prefetcher.is_due(self._step, layer_idx, is_free=is_free):
             self._offer(
                 [
                     self._ask(

@@ -29,6 +29,11 @@ MAX_FAILURES = 3
 
 SMOOTHING = 0.2
 
+FRESH_LAYERS = 3
+"""Layers for which a forecast made in the pass is as good as a new one, where asking takes time that
+nothing else would. By replay of nano's ensemble: asking in every layer hides 4 to 7 % more of the
+stall, a millisecond or less, and takes 0.3 ms a layer (bench/LOG.md, 2026-11-27)."""
+
 UNKNOWN_READS = 1e9
 """Reads that are taken to fit into a moment while no speed is known: all of them."""
 
@@ -73,6 +78,8 @@ class Prefetcher:
         self._step = 0
         self._wanted = Wanted(shape, self._price)
         self._plan: Plan | None = None
+        # Of a step: the layer at which its newest forecast was made, and the first it leaves out.
+        self._told: dict[int, tuple[int, int]] = {}
         self._for_next: set[ExpertKey] = set()
         self._in_flight: dict[ExpertKey, Transfer] = {}
         self._num_failures = 0
@@ -132,10 +139,21 @@ class Prefetcher:
         Eviction is told as well. Unchecked: `Forecast.check` belongs before.
         """
         self._cache.foresee(forecast)
+        self._told[forecast.step] = forecast.layer_from - 1, forecast.layer_to
         if not self._max_reach:
             return
         if self._wanted.take(forecast):
             self._plan = None
+
+    def is_due(self, step: int, layer_idx: int, *, is_free: bool) -> bool:
+        """A forecast in the pass would serve here: the newest is FRESH_LAYERS old or says nothing
+        of the next layer, or `is_free`, since reads are waited for anyway.
+        """
+        after = layer_idx + 1
+        if after >= self._shape.num_moe_layers:
+            return False
+        made_at, until = self._told.get(step, (-1, 0))
+        return is_free or after >= until or layer_idx - made_at >= FRESH_LAYERS
 
     def advance(self, step: int, layer_idx: int) -> None:
         """Execution stands at this layer: settle what is copied, cancel what is stale, issue more.
@@ -146,6 +164,7 @@ class Prefetcher:
         if self._max_reach:
             self._keep_time(position)
         self._step, self._wanted.position = step, position
+        self._told.pop(step - 1, None)
         if not (self._wanted or self._in_flight):
             return
         self._wanted.forget_before(step)
@@ -244,6 +263,7 @@ class Prefetcher:
     def begin(self) -> None:
         """A new sequence: its steps count from 0 again, so no forecast before it holds."""
         self._wanted.clear()
+        self._told.clear()
         self._plan = None
         self._step = 0
         self._advanced_at = None

@@ -131,12 +131,14 @@ def test_the_number_of_slots_changes_no_bit(source, num_slots):
 
 
 class Honest:
-    """Answers as a predictor should; `calls` counts them. The misbehaving ones below override."""
+    """Answers as a predictor should; `calls` counts them, those in the pass apart as `asked`. The
+    misbehaving ones below override.
+    """
 
     shape = SHAPE
 
     def __init__(self):
-        self.calls = 0
+        self.calls = self.asked = 0
         self.step = 0
 
     def begin(self, prompt_ids):
@@ -153,7 +155,7 @@ class Honest:
         return self.forecast() if horizon == 1 else None
 
     def in_pass(self, layer_idx, router_input):
-        self.calls += 1
+        self.asked += 1
 
     def observe(self, layer_idx, topk_ids, topk_weights, router_input):
         self.calls += 1
@@ -237,8 +239,10 @@ def test_an_honest_predictor_stays_on(source):
     _, traffic = run_steps(executor, [4, 1, 1], predictor=predictor)
     assert not executor.is_degraded
     assert traffic.prefetch_issued > 0
-    # in_pass and observe of 3 layers in 3 passes, before_token of both horizons in 2 passes.
-    assert predictor.calls == 3 * 3 * 2 + 2 * 2
+    # observe of 3 layers in 3 passes, before_token of both horizons in 2 passes; in_pass where
+    # nothing is known of the next layer, and where a read was still awaited.
+    assert predictor.calls == 3 * 3 + 2 * 2
+    assert 2 <= predictor.asked <= 2 * 3
 
 
 def test_one_sequences_predictor_failing_leaves_the_others_alone(source):
@@ -253,7 +257,8 @@ def test_one_sequences_predictor_failing_leaves_the_others_alone(source):
             executor.forward(layer_idx, None, states, ids, weights)
         executor.end_step()
     assert bad.calls == 1
-    assert good.calls == 3 * 3 * 2 + 2 * 2
+    assert good.calls == 3 * 3 + 2 * 2
+    assert 2 <= good.asked <= 2 * 3
 
 
 def test_each_predictor_sees_its_own_rows(source):

@@ -66,6 +66,32 @@ def key(layer_idx: int, expert_idx: int) -> ExpertKey:
     return ExpertKey(layer_idx, expert_idx)
 
 
+def asked_at(bench: Bench, step: int, reach: int, *, free: set[int] = frozenset()) -> list[int]:
+    """The layers of a step at which a predictor that speaks `reach` layers ahead is asked."""
+    asked = []
+    for layer_idx in range(SHAPE.num_moe_layers):
+        if bench.prefetcher.is_due(step, layer_idx, is_free=layer_idx in free):
+            asked.append(layer_idx)
+            end = min(layer_idx + 1 + reach, SHAPE.num_moe_layers)
+            bench.prefetcher.offer(forecast(step, {}, (layer_idx + 1, end)))
+        bench.prefetcher.advance(step, layer_idx)
+    return asked
+
+
+def test_a_predictor_is_asked_in_the_pass_where_it_says_something_new_or_costs_nothing() -> None:
+    bench = Bench()
+    assert asked_at(bench, 1, 1) == [0, 1, 2], (
+        "each speaks of the next layer only, the last of none"
+    )
+    assert asked_at(bench, 2, 4) == [0]
+    bench.prefetcher.offer(forecast(3, {}))
+    assert asked_at(bench, 3, 4) == [2], "what was said before the token is three layers old"
+    bench.prefetcher.offer(forecast(4, {}))
+    assert asked_at(bench, 4, 4, free={0, 1, 3}) == [0, 1], "of the last layer nothing follows"
+    bench.prefetcher.begin()
+    assert asked_at(bench, 4, 4) == [0], "a new sequence knows nothing of the one before"
+
+
 def test_likely_absent_experts_are_issued_likeliest_and_soonest_first() -> None:
     bench = Bench()
     bench.load(key(1, 0))
