@@ -30,9 +30,9 @@ MAX_FAILURES = 3
 SMOOTHING = 0.2
 
 FRESH_LAYERS = 3
-"""Layers for which a forecast made in the pass is as good as a new one, where asking takes time that
-nothing else would. By replay of nano's ensemble: asking in every layer hides 4 to 7 % more of the
-stall, a millisecond or less, and takes 0.3 ms a layer (bench/LOG.md, 2026-11-27)."""
+"""Layers for which a forecast made in the pass is as good as a new one, where asking takes time
+that nothing else would. By replay of nano's ensemble, asking in every layer hides a millisecond of
+stall more, or less, and takes 0.3 ms a layer (bench/LOG.md, 2026-11-27)."""
 
 UNKNOWN_READS = 1e9
 """Reads that are taken to fit into a moment while no speed is known: all of them."""
