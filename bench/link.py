@@ -167,6 +167,9 @@ class VirtualLink:
     def catch_up(self) -> None:
         """Account for what the link did up to the clock's time."""
         now = self._clock.now
+        if not (self._on_demand or self._prefetch or self._arriving):
+            self._at = max(self._at, now)
+            return
         while self._at < now:
             self._begin()
             event_s = self._next_event()
@@ -256,10 +259,11 @@ class VirtualLink:
         copy.left_s = 0.0
         if copy is self._piece:
             self._piece = None
-        if copy in self._arriving:
-            self._arriving.remove(copy)
-        self._on_demand.pop(copy, None)
-        self._prefetch.pop(copy, None)
+        if self._arriving and self._arriving[0] is copy:
+            self._arriving.popleft()
+        else:
+            self._on_demand.pop(copy, None)
+            self._prefetch.pop(copy, None)
         if is_cancelled:
             copy.ended_s = self._at
             return
