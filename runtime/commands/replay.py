@@ -20,7 +20,7 @@ from .startup import heavy_imports
 
 _PACKAGE = "outrider.bench"
 _BUDGETS = "5%,10%,25%,50%,75%"
-_POLICIES = "lru,lfu,layer-lru,layer-lfu,static,forecast,belady"
+_POLICIES = "lru,lfu,layer-lru,layer-lfu,layer-ucp,static,forecast,belady"
 _PREDICTORS = "random,frequent,statistics,oracle"
 _SAMPLE_TOKENS = 1500
 

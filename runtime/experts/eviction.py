@@ -8,7 +8,7 @@ import heapq
 import logging
 import math
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 from ...collect.schema import ExpertKey, ModelShape
@@ -149,6 +149,11 @@ class FrequencyRanking:
     def __len__(self) -> int:
         return len(self._members)
 
+    @property
+    def weights(self) -> Mapping[ExpertKey, float]:
+        """`weight` of every key that was used; a view."""
+        return self._weight
+
     def weight(self, key: ExpertKey) -> float:
         """log2 of the decayed count, on a scale common to all keys; -inf if never used."""
         return self._weight.get(key, -math.inf)
@@ -248,7 +253,7 @@ class LayerEviction(LookBack):
     that is most above. If pins leave nothing there, any layer's expert may go.
     """
 
-    def __init__(self, rankings: list[Ranking], num_slots: int) -> None:
+    def __init__(self, rankings: Sequence[Ranking], num_slots: int) -> None:
         layers = len(rankings)
         self._rankings = rankings
         self._quotas = [
@@ -351,10 +356,17 @@ def _forecast(shape: ModelShape, num_slots: int) -> EvictionPolicy:
     return ForecastEviction(shape, num_slots)
 
 
+def _layer_ucp(shape: ModelShape, num_slots: int) -> EvictionPolicy:
+    from .partition import LayerUcpEviction
+
+    return LayerUcpEviction(shape, num_slots)
+
+
 EVICTIONS: dict[str, Callable[[ModelShape, int], EvictionPolicy]] = {
     "forecast": _forecast,
     "layer-lfu": LayerLfuEviction,
     "layer-lru": LayerLruEviction,
+    "layer-ucp": _layer_ucp,
     "lfu": LfuEviction,
     "lru": LruEviction,
     "static": StaticEviction,

@@ -23,7 +23,7 @@ from outrider.bench.simulate import SimulateOptions, bench_simulate
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InsufficientMemoryError, InvalidDataError, UsageError
 
-POLICIES = ("lru", "lfu", "layer-lru", "layer-lfu", "static", "forecast", "belady")
+POLICIES = ("lru", "lfu", "layer-lru", "layer-lfu", "layer-ucp", "static", "forecast", "belady")
 PREDICTORS = ("random", "statistics", "lookahead", "oracle")
 BUDGETS = ("12%", "50%")
 

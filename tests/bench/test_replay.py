@@ -18,7 +18,7 @@ from outrider.bench.tiling import tile_foretold, tile_routing
 from outrider.bench.timeline import timeline, write_trace
 from outrider.runtime.experts.eviction import EVICTIONS
 
-ONLINE = ("lru", "lfu", "layer-lru", "layer-lfu", "static", "forecast")
+ONLINE = ("lru", "lfu", "layer-lru", "layer-lfu", "layer-ucp", "static", "forecast")
 AT = {name: index for index, name in enumerate(COUNTS)}
 
 
@@ -279,7 +279,9 @@ def test_hand_computed_waves():
     assert total(rows, "seconds") == pytest.approx(1e-4 + 2 * (5e-4 + layer_s) + 1e-4)
 
 
-@pytest.mark.parametrize("policy", ["lru", "lfu", "layer-lru", "layer-lfu", "static", "belady"])
+@pytest.mark.parametrize(
+    "policy", ["lru", "lfu", "layer-lru", "layer-lfu", "layer-ucp", "static", "belady"]
+)
 def test_cost_grows_linearly_in_tokens(policy, tmp_path):
     def calls(sequences: int) -> int:
         recorded = planted.routing(seed=5, sequences=sequences, length=40)

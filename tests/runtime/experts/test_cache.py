@@ -18,6 +18,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from naive_partition import NaivePartition
 
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.experts.cache import ExpertCache, Kind, Lease, SlotState
@@ -57,6 +58,7 @@ class PolicyDefinition:
         self.uses: dict[ExpertKey, list[int]] = defaultdict(list)
         self.layer_clock: dict[int, int] = defaultdict(int)
         self.num_uses = 0
+        self.partition = NaivePartition(SHAPE, num_slots)
 
     def admit(self, key: ExpertKey) -> None:
         self.now += 1
@@ -64,6 +66,7 @@ class PolicyDefinition:
 
     def use(self, key: ExpertKey, is_held: bool) -> None:
         self.now += 1
+        self.partition.use(key)
         if is_held:
             self.last_seen[key] = self.now
         if self.name != "static" or self.num_uses < WARMUP_USES:
@@ -98,9 +101,16 @@ class PolicyDefinition:
         if not self.name.startswith("layer-"):
             return self.worst(evictable)
         share = Fraction(self.num_slots, SHAPE.num_moe_layers)
+        quotas = (
+            self.partition.quotas
+            if self.name == "layer-ucp"
+            else [
+                math.floor(share * (layer_idx + 1)) - math.floor(share * layer_idx)
+                for layer_idx in range(SHAPE.num_moe_layers)
+            ]
+        )
         excess = {
-            layer_idx: sum(key.layer_idx == layer_idx for key in held)
-            - (math.floor(share * (layer_idx + 1)) - math.floor(share * layer_idx))
+            layer_idx: sum(key.layer_idx == layer_idx for key in held) - quotas[layer_idx]
             for layer_idx in range(SHAPE.num_moe_layers)
         }
         own = {key for key in evictable if key.layer_idx == incoming.layer_idx}

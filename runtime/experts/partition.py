@@ -1,0 +1,180 @@
+"""Which layer gets how many slots: `layer-ucp`, layer-lfu whose quotas follow measured gain.
+
+Bookkeeping over keys, as in `eviction`, which names this policy.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping
+
+from ...collect.schema import ExpertKey, ModelShape
+from .eviction import HALF_LIFE_TOKENS, FrequencyRanking, LayerEviction
+
+UTILITY_HALF_LIFE_TOKENS = 4 * HALF_LIFE_TOKENS
+"""For uses by rank. By replay (bench/LOG.md, 2026-11-27): half-lives of 100 to 1000 tokens differ
+little, the longest gain least."""
+
+REBALANCE_PASSES = 4
+"""Passes after which quotas may change; no layer's by more than one slot."""
+
+WINDOW_SHARE = 16
+"""Ranks that are taken together, as a part of a layer's experts: single ones are noise."""
+
+DEVIATIONS = 2.0
+"""Standard deviations by which the gain of one layer must be ahead of the loss of another."""
+
+NEEDED_PASSES = 64
+"""Passes over which the number of experts that one needs is averaged."""
+
+_MAX_UNIT = 1e100
+
+
+class LayerUtility:
+    """What slots of one layer are worth: its uses, by how many experts were more frequent.
+
+    Uses at rank r are what the slot number r + 1 is good for, whatever is resident: the stack
+    distances of Mattson et al. (1970), with decayed frequency for the order of the stack, as the
+    utility monitors of Qureshi and Patt's utility-based cache partitioning (MICRO 2006) have them.
+    Ranks are those before the pass; a first use says nothing about any size. Older uses weigh less:
+    a new one weighs growth^n after n uses.
+    """
+
+    def __init__(self, num_experts: int, *, half_life: float) -> None:
+        self._window = max(1, num_experts // WINDOW_SHARE)
+        self._growth = 2.0 ** (1.0 / half_life)
+        self._unit = 1.0
+        self._by_rank = [0.0] * num_experts
+        # Of each expert, -inf before its first use; of those used so far, ascending.
+        self._frequency = [-math.inf] * num_experts
+        self._order: list[float] = []
+        self.num_needed = 0.0
+        """Experts of one pass, a decayed mean."""
+
+    def count(self, used: Iterable[ExpertKey], frequencies: Mapping[ExpertKey, float]) -> None:
+        """A pass used these experts of the layer, whose frequencies rose to those given."""
+        order, by_rank, frequency = self._order, self._by_rank, self._frequency
+        places: list[int] = []
+        after: list[float] = []
+        for key in used:
+            old, new = frequency[key.expert_idx], frequencies[key]
+            # The same where an expert is named twice.
+            if new != old:
+                frequency[key.expert_idx] = new
+                after.append(new)
+                if old > -math.inf:
+                    places.append(bisect_left(order, old))
+        self.num_needed += (len(after) - self.num_needed) / NEEDED_PASSES
+        self._unit = unit = self._unit * self._growth ** len(after)
+        last = len(order) - 1
+        places.sort(reverse=True)
+        for place in places:
+            by_rank[last - place] += unit
+            del order[place]
+        order += after
+        order.sort()
+        if unit > _MAX_UNIT:
+            self._by_rank = [uses / unit for uses in by_rank]
+            self._unit = 1.0
+
+    def gain(self, num_slots: int) -> float:
+        """Decayed count of the uses that slots beyond `num_slots` would have served, of as many
+        slots as `loss` speaks of.
+        """
+        return self._uses(num_slots, num_slots + self._window)
+
+    def loss(self, num_slots: int) -> float:
+        """Decayed count of the uses that the last of `num_slots` slots have served."""
+        return self._uses(max(0, num_slots - self._window), num_slots)
+
+    def _uses(self, start: int, end: int) -> float:
+        ranks = self._by_rank[start:end]
+        if not ranks:
+            return 0.0
+        # At either end there are fewer ranks: their mean is taken for the others.
+        return sum(ranks) / self._unit * self._window / len(ranks)
+
+
+class LayerUcpEviction(LayerEviction):
+    """Least decayed frequency; slots are moved to the layers in which they serve the most uses.
+
+    Quotas begin even. Every REBALANCE_PASSES the layer that would gain most by a slot takes one
+    from the layer that would lose least, the second from the second, and so on, while gain is ahead
+    of loss by DEVIATIONS: counts that differ less, differ by chance. A layer keeps the slots of one
+    pass, up to an even share. O(log n) a use, and a few sums a layer at times.
+    """
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        layers = shape.num_moe_layers
+        half_life = float(HALF_LIFE_TOKENS * shape.top_k)
+        self._frequencies = [FrequencyRanking(half_life) for _ in range(layers)]
+        super().__init__(self._frequencies, num_slots)
+        self._shape = shape
+        self._share = num_slots // layers
+        self._utilities = [
+            LayerUtility(shape.num_experts, half_life=float(UTILITY_HALF_LIFE_TOKENS * shape.top_k))
+            for _ in range(layers)
+        ]
+        # With a single layer, or slots for all experts, there is nothing to decide.
+        self._is_measuring = layers > 1 and num_slots < layers * shape.num_experts
+        # Used by the pass through one layer, so far.
+        self._layer_idx = 0
+        self._used: list[ExpertKey] = []
+        self._num_passes = 0
+
+    @property
+    def quotas(self) -> tuple[int, ...]:
+        """Slots of each layer, all of them in sum."""
+        return tuple(self._quotas)
+
+    def touch(self, key: ExpertKey) -> None:
+        layer_idx = key.layer_idx
+        if self._is_measuring:
+            if layer_idx != self._layer_idx:
+                self._end_pass()
+                self._layer_idx = layer_idx
+            self._used.append(key)
+        self._frequencies[layer_idx].touch(key)
+
+    def _end_pass(self) -> None:
+        if not self._used:
+            return
+        weights = self._frequencies[self._layer_idx].weights
+        self._utilities[self._layer_idx].count(self._used, weights)
+        self._used.clear()
+        self._num_passes += 1
+        if self._num_passes == REBALANCE_PASSES * len(self._quotas):
+            self._num_passes = 0
+            self._rebalance()
+
+    def _fewest(self, layer_idx: int) -> int:
+        needed = max(self._shape.top_k, math.ceil(self._utilities[layer_idx].num_needed))
+        return min(needed, self._share)
+
+    def _rebalance(self) -> None:
+        quotas, utilities = self._quotas, self._utilities
+        layers = range(len(quotas))
+        fewest = [self._fewest(one) for one in layers]
+        gains = [
+            math.inf if quotas[one] < fewest[one] else utilities[one].gain(quotas[one])
+            for one in layers
+        ]
+        losses = [utilities[one].loss(quotas[one]) for one in layers]
+        takers = sorted(
+            (one for one in layers if quotas[one] < self._shape.num_experts),
+            key=lambda one: (-gains[one], one),
+        )
+        givers = sorted(
+            (one for one in layers if quotas[one] > fewest[one]),
+            key=lambda one: (losses[one], one),
+        )
+        moved: set[int] = set()
+        for taker, giver in zip(takers, givers, strict=False):
+            gain, loss = gains[taker], losses[giver]
+            # Half of a decayed count is its variance, if uses come by chance.
+            noise = math.sqrt((gain + loss) / 2.0)
+            is_clear = gain == math.inf or gain - loss > DEVIATIONS * noise
+            if taker == giver or {taker, giver} & moved or not is_clear:
+                return
+            moved |= {taker, giver}
+            quotas[taker] += 1
+            quotas[giver] -= 1

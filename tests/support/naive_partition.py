@@ -1,0 +1,105 @@
+"""Quotas of `layer-ucp` by their definition, from the history of uses, without its structures."""
+
+from collections import defaultdict
+from itertools import pairwise
+
+from outrider.collect.schema import ExpertKey, ModelShape
+from outrider.runtime.experts.eviction import HALF_LIFE_TOKENS
+from outrider.runtime.experts.partition import (
+    DEVIATIONS,
+    NEEDED_PASSES,
+    REBALANCE_PASSES,
+    UTILITY_HALF_LIFE_TOKENS,
+    WINDOW_SHARE,
+)
+
+
+class NaivePartition:
+    """`quotas` after every `use`; everything that they follow from is recomputed each time."""
+
+    def __init__(self, shape: ModelShape, num_slots: int) -> None:
+        layers = shape.num_moe_layers
+        self.shape, self.share = shape, num_slots // layers
+        self.is_fixed = layers == 1 or num_slots >= layers * shape.num_experts
+        ends = [layer_idx * num_slots // layers for layer_idx in range(layers + 1)]
+        self.quotas = [end - start for start, end in pairwise(ends)]
+        # Per layer: decayed counts as of its last use; of each pass the ranks of what was used
+        # before, and how many were used.
+        self.counts: dict[int, dict[ExpertKey, float]] = defaultdict(dict)
+        self.passes: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
+        self.layer_idx = -1
+        self.used: set[ExpertKey] = set()
+        self.before: dict[ExpertKey, float] = {}
+        self.num_passes = 0
+
+    def use(self, key: ExpertKey) -> None:
+        if key.layer_idx != self.layer_idx:
+            self.end_pass()
+            self.layer_idx, self.used = key.layer_idx, set()
+            self.before = dict(self.counts[key.layer_idx])
+        self.used.add(key)
+        counts = self.counts[key.layer_idx]
+        for one in counts:
+            counts[one] *= 2.0 ** (-1.0 / (HALF_LIFE_TOKENS * self.shape.top_k))
+        counts[key] = counts.get(key, 0.0) + 1.0
+
+    def end_pass(self) -> None:
+        if not self.used or self.is_fixed:
+            return
+        ranks = [
+            sum(count > self.before[key] for count in self.before.values())
+            for key in self.used & set(self.before)
+        ]
+        self.passes[self.layer_idx].append((ranks, len(self.used)))
+        self.num_passes += 1
+        if self.num_passes % (REBALANCE_PASSES * self.shape.num_moe_layers) == 0:
+            self.rebalance()
+
+    def uses(self, layer_idx: int, start: int, end: int) -> float:
+        """Decayed uses at ranks from `start` to `end`, as if of a whole window."""
+        window = max(1, self.shape.num_experts // WINDOW_SHARE)
+        inside = set(range(start, end)) & set(range(self.shape.num_experts))
+        if not inside:
+            return 0.0
+        half_life, age, total = UTILITY_HALF_LIFE_TOKENS * self.shape.top_k, 0, 0.0
+        for ranks, used in reversed(self.passes[layer_idx]):
+            total += 2.0 ** (-age / half_life) * sum(rank in inside for rank in ranks)
+            age += used
+        return total * window / len(inside)
+
+    def fewest(self, layer_idx: int) -> int:
+        needed = 0.0
+        for _, used in self.passes[layer_idx]:
+            needed += (used - needed) / NEEDED_PASSES
+        return next(
+            slots
+            for slots in range(self.share + 1)
+            if slots == self.share or (slots >= needed and slots >= self.shape.top_k)
+        )
+
+    def rebalance(self) -> None:
+        layers = range(self.shape.num_moe_layers)
+        window = max(1, self.shape.num_experts // WINDOW_SHARE)
+        quotas = self.quotas
+        gain = [self.uses(one, quotas[one], quotas[one] + window) for one in layers]
+        loss = [self.uses(one, quotas[one] - window, quotas[one]) for one in layers]
+        is_starved = [quotas[one] < self.fewest(one) for one in layers]
+        takers = sorted(
+            (one for one in layers if quotas[one] < self.shape.num_experts),
+            key=lambda one: (not is_starved[one], 0.0 if is_starved[one] else -gain[one], one),
+        )
+        givers = sorted(
+            (one for one in layers if quotas[one] > self.fewest(one)),
+            key=lambda one: (loss[one], one),
+        )
+        moved: list[int] = []
+        for taker, giver in zip(takers, givers, strict=False):
+            lead = gain[taker] - loss[giver]
+            noise = DEVIATIONS * ((gain[taker] + loss[giver]) / 2.0) ** 0.5
+            if taker == giver or taker in moved or giver in moved:
+                break
+            if not is_starved[taker] and lead <= noise:
+                break
+            quotas[taker] += 1
+            quotas[giver] -= 1
+            moved += [taker, giver]
