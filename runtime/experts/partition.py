@@ -4,18 +4,19 @@ Bookkeeping over keys, as in `eviction`, which names this policy.
 """
 
 import math
-from bisect import bisect_left
-from collections.abc import Iterable, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable
 
 from ...collect.schema import ExpertKey, ModelShape
 from .eviction import HALF_LIFE_TOKENS, FrequencyRanking, LayerEviction
 
-UTILITY_HALF_LIFE_TOKENS = 4 * HALF_LIFE_TOKENS
-"""For uses by rank. By replay (bench/LOG.md, 2026-11-27): half-lives of 100 to 1000 tokens differ
-little, the longest gain least."""
+UTILITY_HALF_LIFE_TOKENS = 8 * HALF_LIFE_TOKENS
+"""For uses by rank. By replay (bench/LOG.md, 2026-11-27) 100 to 1000 tokens gain alike; shorter
+ones lose a little where there is nothing to gain."""
 
-REBALANCE_PASSES = 4
-"""Passes after which quotas may change; no layer's by more than one slot."""
+MEASURED_EVERY = 4
+"""Passes of which one is measured, after which quotas may change, no layer's by more than a slot.
+Monitors that sample see enough, at a quarter of the time."""
 
 WINDOW_SHARE = 16
 """Ranks that are taken together, as a part of a layer's experts: single ones are noise."""
@@ -23,8 +24,8 @@ WINDOW_SHARE = 16
 DEVIATIONS = 2.0
 """Standard deviations by which the gain of one layer must be ahead of the loss of another."""
 
-NEEDED_PASSES = 64
-"""Passes over which the number of experts that one needs is averaged."""
+NEEDED_PASSES = 16
+"""Measured passes over which the number of experts that one needs is averaged."""
 
 _MAX_UNIT = 1e100
 
@@ -34,9 +35,9 @@ class LayerUtility:
 
     Uses at rank r are what the slot number r + 1 is good for, whatever is resident: the stack
     distances of Mattson et al. (1970), with decayed frequency for the order of the stack, as the
-    utility monitors of Qureshi and Patt's utility-based cache partitioning (MICRO 2006) have them.
-    Ranks are those before the pass; a first use says nothing about any size. Older uses weigh less:
-    a new one weighs growth^n after n uses.
+    sampling utility monitors of Qureshi and Patt's utility-based cache partitioning (MICRO 2006)
+    have them. Ranks are those before the pass; a first use says nothing about any size. Older uses
+    weigh less: a new one weighs growth^n after n uses.
     """
 
     def __init__(self, num_experts: int, *, half_life: float) -> None:
@@ -44,37 +45,28 @@ class LayerUtility:
         self._growth = 2.0 ** (1.0 / half_life)
         self._unit = 1.0
         self._by_rank = [0.0] * num_experts
-        # Of each expert, -inf before its first use; of those used so far, ascending.
-        self._frequency = [-math.inf] * num_experts
+        # Frequencies before the pass that is measured, ascending.
         self._order: list[float] = []
         self.num_needed = 0.0
         """Experts of one pass, a decayed mean."""
 
-    def count(self, used: Iterable[ExpertKey], frequencies: Mapping[ExpertKey, float]) -> None:
-        """A pass used these experts of the layer, whose frequencies rose to those given."""
-        order, by_rank, frequency = self._order, self._by_rank, self._frequency
-        places: list[int] = []
-        after: list[float] = []
-        for key in used:
-            old, new = frequency[key.expert_idx], frequencies[key]
-            # The same where an expert is named twice.
-            if new != old:
-                frequency[key.expert_idx] = new
-                after.append(new)
-                if old > -math.inf:
-                    places.append(bisect_left(order, old))
-        self.num_needed += (len(after) - self.num_needed) / NEEDED_PASSES
-        self._unit = unit = self._unit * self._growth ** len(after)
-        last = len(order) - 1
-        places.sort(reverse=True)
-        for place in places:
-            by_rank[last - place] += unit
-            del order[place]
-        order += after
-        order.sort()
-        if unit > _MAX_UNIT:
-            self._by_rank = [uses / unit for uses in by_rank]
+    def begin(self, frequencies: Iterable[float]) -> None:
+        """A pass that is measured begins, with these frequencies of all experts used before."""
+        self._order = sorted(frequencies)
+        if self._unit > _MAX_UNIT:
+            self._by_rank = [uses / self._unit for uses in self._by_rank]
             self._unit = 1.0
+
+    def count(self, frequency: float) -> None:
+        """The pass uses an expert of this frequency, -inf if never used before."""
+        order = self._order
+        self._unit *= self._growth
+        if frequency > -math.inf:
+            self._by_rank[len(order) - bisect_right(order, frequency)] += self._unit
+
+    def end(self, num_needed: int) -> None:
+        """The pass needed so many experts."""
+        self.num_needed += (num_needed - self.num_needed) / NEEDED_PASSES
 
     def gain(self, num_slots: int) -> float:
         """Decayed count of the uses that slots beyond `num_slots` would have served, of as many
@@ -97,10 +89,10 @@ class LayerUtility:
 class LayerUcpEviction(LayerEviction):
     """Least decayed frequency; slots are moved to the layers in which they serve the most uses.
 
-    Quotas begin even. Every REBALANCE_PASSES the layer that would gain most by a slot takes one
-    from the layer that would lose least, the second from the second, and so on, while gain is ahead
-    of loss by DEVIATIONS: counts that differ less, differ by chance. A layer keeps the slots of one
-    pass, up to an even share. O(log n) a use, and a few sums a layer at times.
+    Quotas begin even. Every few passes the layer that would gain most by a slot takes one from the
+    layer that would lose least, the second from the second, and so on, while gain is ahead of loss
+    by DEVIATIONS: counts that differ less, differ by chance. A layer keeps the slots that one pass
+    needs, up to an even share. A use costs a logarithm, a measured pass a sort of its layer.
     """
 
     def __init__(self, shape: ModelShape, num_slots: int) -> None:
@@ -111,14 +103,16 @@ class LayerUcpEviction(LayerEviction):
         self._shape = shape
         self._share = num_slots // layers
         self._utilities = [
-            LayerUtility(shape.num_experts, half_life=float(UTILITY_HALF_LIFE_TOKENS * shape.top_k))
+            LayerUtility(
+                shape.num_experts, half_life=UTILITY_HALF_LIFE_TOKENS * shape.top_k / MEASURED_EVERY
+            )
             for _ in range(layers)
         ]
         # With a single layer, or slots for all experts, there is nothing to decide.
         self._is_measuring = layers > 1 and num_slots < layers * shape.num_experts
-        # Used by the pass through one layer, so far.
-        self._layer_idx = 0
-        self._used: list[ExpertKey] = []
+        # The pass through one layer: how many uses so far, None if it is not measured.
+        self._layer_idx = -1
+        self._num_used: int | None = None
         self._num_passes = 0
 
     @property
@@ -128,23 +122,26 @@ class LayerUcpEviction(LayerEviction):
 
     def touch(self, key: ExpertKey) -> None:
         layer_idx = key.layer_idx
-        if self._is_measuring:
-            if layer_idx != self._layer_idx:
-                self._end_pass()
-                self._layer_idx = layer_idx
-            self._used.append(key)
-        self._frequencies[layer_idx].touch(key)
+        ranking = self._frequencies[layer_idx]
+        if layer_idx != self._layer_idx and self._is_measuring:
+            self._begin_pass(layer_idx)
+        if self._num_used is not None:
+            self._utilities[layer_idx].count(ranking.weight(key))
+            self._num_used += 1
+        ranking.touch(key)
 
-    def _end_pass(self) -> None:
-        if not self._used:
-            return
-        weights = self._frequencies[self._layer_idx].weights
-        self._utilities[self._layer_idx].count(self._used, weights)
-        self._used.clear()
+    def _begin_pass(self, layer_idx: int) -> None:
+        if self._num_used is not None:
+            self._utilities[self._layer_idx].end(self._num_used)
+            self._num_used = None
+        self._layer_idx = layer_idx
+        place = self._num_passes % (MEASURED_EVERY * len(self._quotas))
         self._num_passes += 1
-        if self._num_passes == REBALANCE_PASSES * len(self._quotas):
-            self._num_passes = 0
+        if place == 0:
             self._rebalance()
+        if place < len(self._quotas):
+            self._utilities[layer_idx].begin(self._frequencies[layer_idx].weights.values())
+            self._num_used = 0
 
     def _fewest(self, layer_idx: int) -> int:
         needed = max(self._shape.top_k, math.ceil(self._utilities[layer_idx].num_needed))

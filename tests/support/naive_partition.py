@@ -7,8 +7,8 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.experts.eviction import HALF_LIFE_TOKENS
 from outrider.runtime.experts.partition import (
     DEVIATIONS,
+    MEASURED_EVERY,
     NEEDED_PASSES,
-    REBALANCE_PASSES,
     UTILITY_HALF_LIFE_TOKENS,
     WINDOW_SHARE,
 )
@@ -23,37 +23,37 @@ class NaivePartition:
         self.is_fixed = layers == 1 or num_slots >= layers * shape.num_experts
         ends = [layer_idx * num_slots // layers for layer_idx in range(layers + 1)]
         self.quotas = [end - start for start, end in pairwise(ends)]
-        # Per layer: decayed counts as of its last use; of each pass the ranks of what was used
-        # before, and how many were used.
+        # Per layer: decayed counts as of its last use; of each measured pass the rank of each use,
+        # None for a first one.
         self.counts: dict[int, dict[ExpertKey, float]] = defaultdict(dict)
-        self.passes: dict[int, list[tuple[list[int], int]]] = defaultdict(list)
+        self.passes: dict[int, list[list[int | None]]] = defaultdict(list)
         self.layer_idx = -1
-        self.used: set[ExpertKey] = set()
         self.before: dict[ExpertKey, float] = {}
+        self.ranks: list[int | None] = []
         self.num_passes = 0
 
     def use(self, key: ExpertKey) -> None:
         if key.layer_idx != self.layer_idx:
-            self.end_pass()
-            self.layer_idx, self.used = key.layer_idx, set()
-            self.before = dict(self.counts[key.layer_idx])
-        self.used.add(key)
+            self.begin_pass(key.layer_idx)
         counts = self.counts[key.layer_idx]
-        for one in counts:
-            counts[one] *= 2.0 ** (-1.0 / (HALF_LIFE_TOKENS * self.shape.top_k))
+        mine = counts.get(key)
+        rank = None if mine is None else sum(count > mine for count in self.before.values())
+        self.ranks.append(rank)
+        faded = 2.0 ** (-1.0 / (HALF_LIFE_TOKENS * self.shape.top_k))
+        for one in (counts, self.before):
+            one.update({key: count * faded for key, count in one.items()})
         counts[key] = counts.get(key, 0.0) + 1.0
 
-    def end_pass(self) -> None:
-        if not self.used or self.is_fixed:
-            return
-        ranks = [
-            sum(count > self.before[key] for count in self.before.values())
-            for key in self.used & set(self.before)
-        ]
-        self.passes[self.layer_idx].append((ranks, len(self.used)))
-        self.num_passes += 1
-        if self.num_passes % (REBALANCE_PASSES * self.shape.num_moe_layers) == 0:
+    def begin_pass(self, layer_idx: int) -> None:
+        """Every MEASURED_EVERY-th pass through all layers counts."""
+        layers = self.shape.num_moe_layers
+        if self.num_passes and (self.num_passes - 1) // layers % MEASURED_EVERY == 0:
+            self.passes[self.layer_idx].append(self.ranks)
+        if self.num_passes % (MEASURED_EVERY * layers) == 0 and not self.is_fixed:
             self.rebalance()
+        self.num_passes += 1
+        self.layer_idx, self.ranks = layer_idx, []
+        self.before = dict(self.counts[layer_idx])
 
     def uses(self, layer_idx: int, start: int, end: int) -> float:
         """Decayed uses at ranks from `start` to `end`, as if of a whole window."""
@@ -61,16 +61,18 @@ class NaivePartition:
         inside = set(range(start, end)) & set(range(self.shape.num_experts))
         if not inside:
             return 0.0
-        half_life, age, total = UTILITY_HALF_LIFE_TOKENS * self.shape.top_k, 0, 0.0
-        for ranks, used in reversed(self.passes[layer_idx]):
-            total += 2.0 ** (-age / half_life) * sum(rank in inside for rank in ranks)
-            age += used
+        half_life = UTILITY_HALF_LIFE_TOKENS * self.shape.top_k / MEASURED_EVERY
+        age, total = 0, 0.0
+        for ranks in reversed(self.passes[layer_idx]):
+            for rank in reversed(ranks):
+                total += 2.0 ** (-age / half_life) * (rank in inside)
+                age += 1
         return total * window / len(inside)
 
     def fewest(self, layer_idx: int) -> int:
         needed = 0.0
-        for _, used in self.passes[layer_idx]:
-            needed += (used - needed) / NEEDED_PASSES
+        for ranks in self.passes[layer_idx]:
+            needed += (len(ranks) - needed) / NEEDED_PASSES
         return next(
             slots
             for slots in range(self.share + 1)

@@ -1,5 +1,6 @@
 """layer-ucp: quotas against their definition, what they must never be, and what they gain."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -107,10 +108,12 @@ def test_uses_by_rank_are_the_hits_of_keeping_the_most_frequent(seed, count) -> 
         used = [ExpertKey(0, int(one)) for one in generator.choice(10, 2, p=_SKEWED, replace=False)]
         kept = sorted(counts, key=lambda key: -counts[key])[:count]
         hits += sum(key in kept for key in used)
+        utility.begin(counts.values())
+        for key in used:
+            utility.count(counts.get(key, -math.inf))
         # Frequencies differ, as decayed ones do: a tie would leave open who is kept.
         counts |= {key: counts.get(key, 0.0) + 1.0 + step * 1e-6 for key in used}
         counts |= {key: counts[key] + key.expert_idx * 1e-9 for key in used}
-        utility.count(used, counts)
     assert sum(utility.loss(size) for size in range(1, count + 1)) == pytest.approx(hits)
     assert [utility.gain(size) for size in range(9)] == [
         utility.loss(size) for size in range(1, 10)
@@ -142,14 +145,14 @@ def test_layers_alike_keep_about_an_even_share() -> None:
 
 def test_quotas_follow_the_text() -> None:
     shape = shape_of(2, 32, 4)
-    first = routing(shape, 600, skews=[0.0, 3.0], seed=3)
+    first = routing(shape, 1000, skews=[0.0, 3.0], seed=3)
     policy = LayerUcpEviction(shape, 44)
     quotas = []
     for ids in (first, first[:, ::-1], first):
         serve(policy, ids, 44)
         quotas.append(policy.quotas[0])
     assert [one > 22 for one in quotas] == [True, False, True]
-    assert all(abs(one - other) > 8 for one, other in pairwise(quotas))
+    assert all(abs(one - other) > 5 for one, other in pairwise(quotas))
 
 
 def test_a_layer_keeps_what_one_pass_of_several_sequences_needs() -> None:
