@@ -65,7 +65,7 @@ Predictor: TypeAlias = Annotated[
 ]
 Prefetch: TypeAlias = Annotated[str | None, _engine("on, off, or auto: as far as it pays [auto]")]
 Eviction: TypeAlias = Annotated[
-    str | None, _engine("auto, forecast, layer-lfu, layer-lru, lfu, lru, static")
+    str | None, _engine("auto, forecast, layer-lfu, layer-lru, layer-ucp, lfu, lru, static")
 ]
 OnMiss: TypeAlias = Annotated[
     str | None, _engine("fetch, or on a GPU machine host or auto [fetch]")

@@ -30,9 +30,9 @@ FEW = 16
 WARMUP_TOKENS = 128
 """Tokens that `static` counts before it fixes the hot set."""
 
-DEFAULT_EVICTION = "layer-lfu"
-"""Where nothing is forecast. Ahead of layer-lru at every budget of the first study (DESIGN section
-6), and like it unable to collapse below one step's working set."""
+DEFAULT_EVICTION = "layer-ucp"
+"""Where nothing is forecast. Misses as layer-lfu, or fewer where budgets are large or layers
+differ; like it unable to collapse below one step's working set (bench/LOG.md, 2026-11-27)."""
 
 
 class EvictionPolicy(Protocol):

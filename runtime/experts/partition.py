@@ -24,6 +24,10 @@ WINDOW_SHARE = 16
 DEVIATIONS = 2.0
 """Standard deviations by which the gain of one layer must be ahead of the loss of another."""
 
+LEAST_PASSES = 2
+"""Passes whose experts a layer keeps slots for, if an even share has so many: what one pass needs
+goes through them whatever its frequency, and ranks speak of the slots beyond."""
+
 NEEDED_PASSES = 16
 """Measured passes over which the number of experts that one needs is averaged."""
 
@@ -91,8 +95,8 @@ class LayerUcpEviction(LayerEviction):
 
     Quotas begin even. Every few passes the layer that would gain most by a slot takes one from the
     layer that would lose least, the second from the second, and so on, while gain is ahead of loss
-    by DEVIATIONS: counts that differ less, differ by chance. A layer keeps the slots that one pass
-    needs, up to an even share. A use costs a logarithm, a measured pass a sort of its layer.
+    by DEVIATIONS: counts that differ less, differ by chance. A layer keeps slots for LEAST_PASSES,
+    up to an even share. A use costs a logarithm, a measured pass a sort of its layer.
     """
 
     def __init__(self, shape: ModelShape, num_slots: int) -> None:
@@ -145,7 +149,7 @@ class LayerUcpEviction(LayerEviction):
 
     def _fewest(self, layer_idx: int) -> int:
         needed = max(self._shape.top_k, math.ceil(self._utilities[layer_idx].num_needed))
-        return min(needed, self._share)
+        return min(LEAST_PASSES * needed, self._share)
 
     def _rebalance(self) -> None:
         quotas, utilities = self._quotas, self._utilities

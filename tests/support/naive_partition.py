@@ -7,6 +7,7 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.experts.eviction import HALF_LIFE_TOKENS
 from outrider.runtime.experts.partition import (
     DEVIATIONS,
+    LEAST_PASSES,
     MEASURED_EVERY,
     NEEDED_PASSES,
     UTILITY_HALF_LIFE_TOKENS,
@@ -73,11 +74,12 @@ class NaivePartition:
         needed = 0.0
         for ranks in self.passes[layer_idx]:
             needed += (len(ranks) - needed) / NEEDED_PASSES
-        return next(
-            slots
-            for slots in range(self.share + 1)
-            if slots == self.share or (slots >= needed and slots >= self.shape.top_k)
+        enough = (
+            LEAST_PASSES * count
+            for count in range(self.shape.num_experts + 1)
+            if count >= max(needed, self.shape.top_k)
         )
+        return min(self.share, next(enough))
 
     def rebalance(self) -> None:
         layers = range(self.shape.num_moe_layers)

@@ -89,7 +89,7 @@ def test_quotas_use_every_slot_and_starve_no_layer(num_slots, uses, times) -> No
             before = policy.quotas
             policy.touch(ExpertKey(layer_idx, expert_idx))
             assert sum(policy.quotas) == num_slots
-            assert min(policy.quotas) >= min(shape.top_k, num_slots // 3)
+            assert min(policy.quotas) >= min(2 * shape.top_k, num_slots // 3)
             assert max(policy.quotas) <= shape.num_experts
             moved = [new - old for new, old in zip(policy.quotas, before, strict=True)]
             assert set(moved) <= {-1, 0, 1}, "a slot at a time"
@@ -156,20 +156,15 @@ def test_quotas_follow_the_text() -> None:
 
 
 def test_a_layer_keeps_what_one_pass_of_several_sequences_needs() -> None:
-    """Six at once need 17 of 32 experts: of 20 slots a layer they leave three to be moved."""
+    """One sequence moves 12 of 20 slots from the last layer; six at once need 8 experts there and
+    17 of 32 in the first."""
     shape = shape_of(3, 32, 4)
     ids = routing(shape, 3000, skews=[0.0, 1.0, 3.0], seed=4)
     policy = LayerUcpEviction(shape, 60)
     serve(policy, ids, 60)
-    assert min(policy.quotas) < 14, "one sequence leaves more"
+    assert policy.quotas[2] < 12
     misses = serve(policy, ids, 60, together=6)
-    needed = [
-        np.mean([len(np.unique(rows)) for rows in np.split(ids[:, layer_idx], 500)])
-        for layer_idx in range(3)
-    ]
-    assert all(
-        quota >= min(20, int(count)) for quota, count in zip(policy.quotas, needed, strict=True)
-    )
+    assert policy.quotas[2] >= 14 and min(policy.quotas[:2]) >= 20
     even = make_eviction("layer-lfu", shape=shape, num_slots=60)
     assert misses < 1.01 * serve(even, ids, 60, together=6)
 
