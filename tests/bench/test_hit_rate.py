@@ -91,7 +91,7 @@ def document(drift, tmp_path_factory):
 
 def test_document_is_what_its_schema_says(document):
     assert documents.check(json.loads(json.dumps(document)), source="here") == "hit-rate"
-    assert len(document["rows"]) == 2 * len(BUDGETS) * (6 + 4 + 4)
+    assert len(document["rows"]) == 2 * len(BUDGETS) * (7 + 4 + 4)
 
 
 def test_belady_is_the_bound_of_every_demand_only_row(document):
@@ -298,7 +298,7 @@ def test_simulation_says_so_and_has_one_bound_a_budget(drift):
     assert "floor(l * L / L')" in document["settings"]["mapping"]
     fit = document["fit"]
     for row in document["rows"]:
-        assert row["simulated"] is True and row["policy"] in ("layer-lfu", "belady")
+        assert row["simulated"] is True and row["policy"] in (DEFAULT_EVICTION, "layer-lfu", "belady")
         assert row["experts"] == 27 * SHAPE.num_experts
         # As many bytes a token as the target moves, whatever top-k was recorded.
         look_ups = 27 * SHAPE.top_k
