@@ -12,7 +12,8 @@ import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
-from .eviction import Evictable, LayerLfuEviction, LookBack
+from .eviction import Evictable, LookBack
+from .partition import LayerUcpEviction
 
 DISCOUNT = 0.6
 """What a use one token later is worth: a slot kept for it could have served another meanwhile. By
@@ -78,7 +79,7 @@ class UseRates:
         return self._rates, self._beyond
 
 
-class ForecastEviction(LayerLfuEviction):
+class ForecastEviction(LayerUcpEviction):
     """The expert whose next use is worth least leaves, whatever its layer.
 
     An expert's worth is the expected DISCOUNT^t of its next use t tokens from now: by the forecasts
@@ -86,7 +87,7 @@ class ForecastEviction(LayerLfuEviction):
     go to layers by this worth alone. All worths are computed when the first victim is asked for
     after `advance`, `foresee` or a use, and an expert admitted since then is chosen last: a layer
     costs a few vector operations over all experts, each further victim O(1), amortised.
-    Where no forecast reaches round to the next token, the choice is LayerLfuEviction's, of experts
+    Where no forecast reaches round to the next token, the choice is LayerUcpEviction's, of experts
     that no forecast for this token speaks of while there are such.
     """
 

@@ -115,7 +115,7 @@ class LayerUcpEviction(LayerEviction):
         # With a single layer, or slots for all experts, there is nothing to decide.
         self._is_measuring = layers > 1 and num_slots < layers * shape.num_experts
         # The pass through one layer: how many uses so far, None if it is not measured.
-        self._layer_idx = -1
+        self._pass_layer_idx = -1
         self._num_used: int | None = None
         self._num_passes = 0
 
@@ -127,7 +127,7 @@ class LayerUcpEviction(LayerEviction):
     def touch(self, key: ExpertKey) -> None:
         layer_idx = key.layer_idx
         ranking = self._frequencies[layer_idx]
-        if layer_idx != self._layer_idx and self._is_measuring:
+        if layer_idx != self._pass_layer_idx and self._is_measuring:
             self._begin_pass(layer_idx)
         if self._num_used is not None:
             self._utilities[layer_idx].count(ranking.weight(key))
@@ -136,9 +136,9 @@ class LayerUcpEviction(LayerEviction):
 
     def _begin_pass(self, layer_idx: int) -> None:
         if self._num_used is not None:
-            self._utilities[self._layer_idx].end(self._num_used)
+            self._utilities[self._pass_layer_idx].end(self._num_used)
             self._num_used = None
-        self._layer_idx = layer_idx
+        self._pass_layer_idx = layer_idx
         place = self._num_passes % (MEASURED_EVERY * len(self._quotas))
         self._num_passes += 1
         if place == 0:

@@ -298,7 +298,11 @@ def test_simulation_says_so_and_has_one_bound_a_budget(drift):
     assert "floor(l * L / L')" in document["settings"]["mapping"]
     fit = document["fit"]
     for row in document["rows"]:
-        assert row["simulated"] is True and row["policy"] in (DEFAULT_EVICTION, "layer-lfu", "belady")
+        assert row["simulated"] is True and row["policy"] in (
+            DEFAULT_EVICTION,
+            "layer-lfu",
+            "belady",
+        )
         assert row["experts"] == 27 * SHAPE.num_experts
         # As many bytes a token as the target moves, whatever top-k was recorded.
         look_ups = 27 * SHAPE.top_k

@@ -51,7 +51,7 @@ class PolicyDefinition:
 
     def __init__(self, name: str, num_slots: int) -> None:
         # That is what it is as long as it is told of nothing.
-        self.name = "layer-lfu" if name == "forecast" else name
+        self.name = "layer-ucp" if name == "forecast" else name
         self.num_slots = num_slots
         self.now = 0
         self.last_seen: dict[ExpertKey, int] = {}

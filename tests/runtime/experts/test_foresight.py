@@ -96,7 +96,7 @@ def test_the_newest_forecast_counts_and_one_of_a_step_gone_by_does_not() -> None
 
 def test_without_forecasts_of_the_next_token_it_goes_by_frequency_in_the_layer() -> None:
     generator = random.Random(3)
-    policy, plain = ForecastEviction(SHAPE, 7), make_eviction("layer-lfu", shape=SHAPE, num_slots=7)
+    policy, plain = ForecastEviction(SHAPE, 7), make_eviction("layer-ucp", shape=SHAPE, num_slots=7)
     caches = [ExpertCache(7, eviction=policy), ExpertCache(7, eviction=plain)]
     for step in range(300):
         for layer_idx in range(3):
