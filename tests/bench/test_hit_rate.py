@@ -22,6 +22,7 @@ from outrider.bench.passes import CollectingPass
 from outrider.bench.simulate import SimulateOptions, bench_simulate
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InsufficientMemoryError, InvalidDataError, UsageError
+from outrider.runtime.experts.eviction import DEFAULT_EVICTION
 
 POLICIES = ("lru", "lfu", "layer-lru", "layer-lfu", "layer-ucp", "static", "forecast", "belady")
 PREDICTORS = ("random", "statistics", "lookahead", "oracle")

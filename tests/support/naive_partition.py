@@ -79,7 +79,7 @@ class NaivePartition:
             for count in range(self.shape.num_experts + 1)
             if count >= max(needed, self.shape.top_k)
         )
-        return min(self.share, next(enough))
+        return min(self.share, next(enough, self.share))
 
     def rebalance(self) -> None:
         layers = range(self.shape.num_moe_layers)
