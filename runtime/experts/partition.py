@@ -105,7 +105,7 @@ class LayerUcpEviction(LayerEviction):
         self._frequencies = [FrequencyRanking(half_life) for _ in range(layers)]
         super().__init__(self._frequencies, num_slots)
         self._shape = shape
-        self._share = num_slots // layers
+        self._even = self.quotas
         self._utilities = [
             LayerUtility(
                 shape.num_experts, half_life=UTILITY_HALF_LIFE_TOKENS * shape.top_k / MEASURED_EVERY
@@ -149,7 +149,7 @@ class LayerUcpEviction(LayerEviction):
 
     def _fewest(self, layer_idx: int) -> int:
         needed = max(self._shape.top_k, math.ceil(self._utilities[layer_idx].num_needed))
-        return min(LEAST_PASSES * needed, self._share)
+        return min(LEAST_PASSES * needed, self._even[layer_idx])
 
     def _rebalance(self) -> None:
         quotas, utilities = self._quotas, self._utilities

@@ -20,10 +20,11 @@ class NaivePartition:
 
     def __init__(self, shape: ModelShape, num_slots: int) -> None:
         layers = shape.num_moe_layers
-        self.shape, self.share = shape, num_slots // layers
+        self.shape = shape
         self.is_fixed = layers == 1 or num_slots >= layers * shape.num_experts
         ends = [layer_idx * num_slots // layers for layer_idx in range(layers + 1)]
         self.quotas = [end - start for start, end in pairwise(ends)]
+        self.even = tuple(self.quotas)
         # Per layer: decayed counts as of its last use; of each measured pass the rank of each use,
         # None for a first one.
         self.counts: dict[int, dict[ExpertKey, float]] = defaultdict(dict)
@@ -79,7 +80,7 @@ class NaivePartition:
             for count in range(self.shape.num_experts + 1)
             if count >= max(needed, self.shape.top_k)
         )
-        return min(self.share, next(enough, self.share))
+        return min(self.even[layer_idx], next(enough, self.even[layer_idx]))
 
     def rebalance(self) -> None:
         layers = range(self.shape.num_moe_layers)
