@@ -32,8 +32,9 @@ class StepTimes:
 
     Nothing where it is not known: of the processor's own work on reads, per layer that lacks an
     expert, per expert asked for, per layer in which forecasts are made, per prefetch issued; per
-    wave, which is one call of the experts' kernel; and what a wait leaves behind (a processor that
-    has slept goes on with cold caches), per wait and per second waited.
+    layer that a predictor is shown, asked or not; per wave, which is one call of the experts'
+    kernel; and what a wait leaves behind (a processor that has slept goes on with cold caches), per
+    wait and per second waited.
     """
 
     begin_s: float
@@ -44,6 +45,7 @@ class StepTimes:
     miss_s: float = 0.0
     forecast_s: float = 0.0
     issue_s: float = 0.0
+    follow_s: float = 0.0
     wave_s: float = 0.0
     wake_s: float = 0.0
     wake_share: float = 0.0
@@ -242,6 +244,8 @@ class Replay:
                 spend("misses", times.miss_s * missing + (times.fetch_s if missing else 0.0))
                 self.link.release()
                 is_free = acquisition.is_reading
+                if is_asking:
+                    spend("forecasts", times.follow_s)
                 is_due = is_asking and prefetcher.is_due(step, layer_idx, is_free=is_free)
                 if foretold is not None and is_due:
                     for forecast in foretold.in_pass(sequence, step, layer_idx):

@@ -70,10 +70,13 @@ class Simulated:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """What a predictor said along an observation, and processor seconds a layer that it took."""
+    """What a predictor said along an observation, and processor seconds a layer that it took: in
+    the pass, where it is asked there, and all else.
+    """
 
     foretold: Foretold
     seconds: float
+    in_pass_s: float = 0.0
 
 
 def simulate(machine: Machine, seen: Observation, told: Told | None) -> Simulated:
@@ -124,7 +127,8 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
             fetch_s=machine.fetch_s + (machine.leave_s if told is None else 0.0),
             miss_s=machine.miss_s,
             issue_s=machine.issue_s,
-            forecast_s=0.0 if told is None else _forecast_s(machine, told),
+            follow_s=0.0 if told is None else _follow_s(machine, told),
+            forecast_s=0.0 if told is None else machine.forecast_factor * told.in_pass_s,
             wave_s=seen.calls.wave_s,
             wake_s=machine.wake_s,
             wake_share=machine.wake_share,
@@ -132,7 +136,7 @@ def _arm(machine: Machine, seen: Observation, told: Told | None) -> Arm:
     )
 
 
-def _forecast_s(machine: Machine, told: Told) -> float:
+def _follow_s(machine: Machine, told: Told) -> float:
     return machine.leave_s + machine.forecast_factor * told.seconds
 
 
@@ -153,13 +157,45 @@ def forecasts(seen: Observation) -> Told | None:
     prompt = _prompt(seen)
     layers, sequences = seen.subject.num_moe_layers, len(seen.routing.offsets) - 1
     decoded = (seen.routing.num_tokens - prompt * sequences) * layers
-    taken_s: list[tuple[float, float]] = []
+    taken_s = []
     for _ in range(NUM_TIMED):
+        asked: list[float] = []
         began = time.process_time()
-        foretold = follow(seen.make_predictor, seen.routing, prompt_tokens=prompt)
+        foretold = follow(
+            partial(_timed, seen.make_predictor, asked),
+            seen.routing,
+            prompt_tokens=prompt,
+        )
         predicting_s = time.process_time() - began
-        taken_s.append((predicting_s, _deciding_s(seen, Told(foretold, 0.0))))
-    return Told(foretold, float(np.median(taken_s, axis=0).sum()) / decoded)
+        in_pass_s = sum(asked)
+        taken_s.append(
+            (predicting_s - in_pass_s, _deciding_s(seen, Told(foretold, 0.0)), in_pass_s)
+        )
+    following_s, deciding_s, in_pass_s = np.median(taken_s, axis=0) / decoded
+    return Told(foretold, float(following_s + deciding_s), float(in_pass_s))
+
+
+def _timed(make: Callable[[], Any], asked: list[float]) -> "_TimedPredictor":
+    return _TimedPredictor(make(), asked)
+
+
+class _TimedPredictor:
+    """A predictor, and processor seconds of each time that it is asked in the pass."""
+
+    def __init__(self, predictor: Any, asked: list[float]) -> None:
+        self._predictor = predictor
+        self._asked = asked
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._predictor, name)
+
+    def in_pass(self, *arguments: Any) -> Any:
+        """As the predictor's."""
+        began = time.process_time()
+        try:
+            return self._predictor.in_pass(*arguments)
+        finally:
+            self._asked.append(time.process_time() - began)
 
 
 def _deciding_s(seen: Observation, told: Told) -> float:
