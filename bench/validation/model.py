@@ -17,10 +17,10 @@ import numpy as np
 
 from ...runtime.experts.eviction import EVICTIONS
 from ..forecaster import follow
-from ..foretold import Foretold
 from ..replay import COUNTS, Arm, Carriage, Replay, Schedule, StepTimes
 from .apart import Interruption, ReadTimes
 from .machine import Observation
+from .told import Told, timed
 
 _AT = {name: index for index, name in enumerate(COUNTS)}
 WARM_RUNS = 2
@@ -66,17 +66,6 @@ class Simulated:
     tokens_per_second: float
     stall_s: float
     misses: float
-
-
-@dataclass(frozen=True, slots=True)
-class Told:
-    """What a predictor said along an observation, and processor seconds a layer that it took: in
-    the pass, where it is asked there, and all else.
-    """
-
-    foretold: Foretold
-    seconds: float
-    in_pass_s: float = 0.0
 
 
 def simulate(machine: Machine, seen: Observation, told: Told | None) -> Simulated:
@@ -162,7 +151,7 @@ def forecasts(seen: Observation) -> Told | None:
         asked: list[float] = []
         began = time.process_time()
         foretold = follow(
-            partial(_timed, seen.make_predictor, asked),
+            partial(timed, seen.make_predictor, asked),
             seen.routing,
             prompt_tokens=prompt,
         )
@@ -173,29 +162,6 @@ def forecasts(seen: Observation) -> Told | None:
         )
     following_s, deciding_s, in_pass_s = np.median(taken_s, axis=0) / decoded
     return Told(foretold, float(following_s + deciding_s), float(in_pass_s))
-
-
-def _timed(make: Callable[[], Any], asked: list[float]) -> "_TimedPredictor":
-    return _TimedPredictor(make(), asked)
-
-
-class _TimedPredictor:
-    """A predictor, and processor seconds of each time that it is asked in the pass."""
-
-    def __init__(self, predictor: Any, asked: list[float]) -> None:
-        self._predictor = predictor
-        self._asked = asked
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._predictor, name)
-
-    def in_pass(self, *arguments: Any) -> Any:
-        """As the predictor's."""
-        began = time.process_time()
-        try:
-            return self._predictor.in_pass(*arguments)
-        finally:
-            self._asked.append(time.process_time() - began)
 
 
 def _deciding_s(seen: Observation, told: Told) -> float:

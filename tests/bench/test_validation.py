@@ -17,7 +17,8 @@ from outrider.bench.throttle import ThrottledReader
 from outrider.bench.validation.apart import CallTimes, Interruption, ReadTimes, interruption
 from outrider.bench.validation.configurations import Configuration, calibrated_on, unseen
 from outrider.bench.validation.machine import Observation, Step, observe
-from outrider.bench.validation.model import Machine, Told, calibrate, simulate, simulated_steps
+from outrider.bench.validation.model import Machine, calibrate, simulate, simulated_steps
+from outrider.bench.validation.told import Told
 from outrider.bench.validation.validate import ValidateOptions, bench_validate
 from outrider.bench.workload import BUILT_IN, make_passages, read_texts
 from outrider.runtime.errors import UsageError
