@@ -18,6 +18,7 @@ from outrider.predictors.presets import make_settings
 from outrider.runtime.config import EngineConfig
 from outrider.runtime.engine import Engine
 from outrider.runtime.errors import InvalidDataError, UsageError
+from outrider.runtime.experts.eviction import DEFAULT_EVICTION
 from outrider.runtime.models import adapter
 from outrider.runtime.models.loading import load_model, resolve_folder
 from outrider.runtime.models.origin import trained_shape
@@ -107,9 +108,9 @@ def test_every_family_runs_from_its_folder_and_changes_no_token(
     [
         ({}, "forecast"),
         ({"prefetch": "on"}, "forecast"),
-        ({"prefetch": "off"}, "layer-lfu"),
-        ({"predictor": "none"}, "layer-lfu"),
-        ({"expert_memory": "all"}, "layer-lfu"),
+        ({"prefetch": "off"}, DEFAULT_EVICTION),
+        ({"predictor": "none"}, DEFAULT_EVICTION),
+        ({"expert_memory": "all"}, DEFAULT_EVICTION),
         ({"prefetch": "off", "eviction": "forecast"}, "forecast"),
         ({"eviction": "lru"}, "lru"),
     ],
