@@ -291,7 +291,7 @@ class FollowingSampler:
 
     def sample(self, logits: torch.Tensor, state: SamplerState) -> SampledToken:
         if self._digest is not None:
-            self._digest.update(logits.contiguous().numpy())
+            self._digest.update(logits.contiguous().cpu().numpy())
         token = self._sampler.sample(logits, state)
         place = len(self.chosen)
         self.chosen.append(token.token_id)

@@ -5,6 +5,7 @@ experts, no model.
 """
 
 import ctypes
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,6 +13,22 @@ from torch import Tensor
 from . import native
 from .native import DTYPE_IDS, Matrix
 from .product import Product
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceRule:
+    """What a family's router makes of its logits.
+
+    Softmax in fp32, of which `rounds_scores` leaves what the gate's dtype holds; the `top_k`
+    largest; with `is_renormalised` each divided by their sum and `epsilon`; `rounds_weights` gives
+    weights in the gate's dtype, else they are fp32.
+    """
+
+    top_k: int
+    is_renormalised: bool
+    rounds_scores: bool = False
+    rounds_weights: bool = True
+    epsilon: float = 0.0
 
 
 class RouterDescriptor(ctypes.Structure):
@@ -29,36 +46,21 @@ class RouterDescriptor(ctypes.Structure):
 
 
 class Router:
-    """The gate [E, H] with what its family makes of logits; each row's choice is its own.
+    """The gate [E, H] with what its family makes of logits; each row's choice is its own."""
 
-    Softmax in fp32, of which `rounds_scores` leaves what the gate's dtype holds; the `top_k`
-    largest; with `is_renormalised` each divided by their sum and `epsilon`; `rounds_weights` gives
-    weights in the gate's dtype, else they are fp32.
-    """
-
-    def __init__(
-        self,
-        gate: Tensor,
-        *,
-        fmt: str,
-        top_k: int,
-        is_renormalised: bool,
-        rounds_scores: bool = False,
-        rounds_weights: bool = True,
-        epsilon: float = 0.0,
-    ) -> None:
+    def __init__(self, gate: Tensor, rule: ChoiceRule, *, fmt: str) -> None:
         parts, shape = {"weight": gate}, (gate.shape[0], gate.shape[1])
-        self.num_experts, self.top_k = shape[0], top_k
+        self.num_experts, self.top_k = shape[0], rule.top_k
         self.logits = Product(parts, shape, fmt=fmt, bias=None)
-        self.dtype = gate.dtype if rounds_weights else torch.float32
+        self.dtype = gate.dtype if rule.rounds_weights else torch.float32
         self.descriptor = RouterDescriptor(
             gate=native.matrix_of(parts, shape, fmt=fmt, bias=None),
-            top_k=top_k,
-            epsilon=epsilon,
+            top_k=rule.top_k,
+            epsilon=rule.epsilon,
             format=DTYPE_IDS[gate.dtype],
-            rounds_scores=rounds_scores,
-            rounds_weights=rounds_weights,
-            is_renormalised=is_renormalised,
+            rounds_scores=rule.rounds_scores,
+            rounds_weights=rule.rounds_weights,
+            is_renormalised=rule.is_renormalised,
         )
 
     def choose(self, router_logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,14 +21,9 @@ from ...kernels.router import Router, gate_rows
 from ...kernels.token_pass import PassLayer, TokenPass
 from ...kernels.weights import ExpertWeights
 from .attention import Span
-from .deepseek import RENORMALISATION_EPS, DeepseekTopKRouter
 from .dense import QuantizedLinear
+from .llama_form import choice_rule, has_form, num_kv_heads, shared_experts
 
-# Families whose decoder layers are norm, attention, residual, norm, block, residual, with rotary
-# heads; each is compared with transformers' own forward in the tests.
-FAMILIES = frozenset({"deepseek", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
-# Rotary frequencies that do not change with the length of the text.
-_FIXED_ROTARY = frozenset({"default", "linear", "llama3", "yarn"})
 _FORMATS = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _TABLE_ROWS = 1024
 
@@ -60,23 +55,19 @@ class NativeDecoder:
         self._norm = norm
         self._head, self._vocab_size = decoder.product(head), head.shape[0]
         head_dim = inner.layers[0].self_attn.head_dim
-        self._row = self._embeddings.new_empty(1, _num_kv_heads(model.config), 0, head_dim)
+        self._row = self._embeddings.new_empty(1, num_kv_heads(model.config), 0, head_dim)
         self._cosines = self._sines = self._embeddings.new_empty(0, head_dim)
 
     @classmethod
     def of(cls, model: Any) -> "NativeDecoder | None":
         """The decoder of `model`, its dense weights loaded, or None where it is not served.
 
-        Served are families of `FAMILIES` on the CPU, all in one dtype, without clipped queries
-        or a sliding window of some layers only, and where the native library was built.
+        Served are models of the form on the CPU, all in one dtype, where the native library was
+        built.
         """
         config = model.config
-        rotary = getattr(getattr(model, "model", None), "rotary_emb", None)
         is_plain = (
-            config.model_type in FAMILIES
-            and getattr(rotary, "rope_type", None) in _FIXED_ROTARY
-            and (config.model_type == "mixtral" or not getattr(config, "sliding_window", None))
-            and not getattr(config, "clip_qkv", None)
+            has_form(model)
             and model.model.embed_tokens.weight.device.type == "cpu"
             and model.model.embed_tokens.weight.dtype in _FORMATS
         )
@@ -201,7 +192,7 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> tuple[Attention, "_Bl
         norm=norm.weight,
         eps=norm.variance_epsilon,
         num_heads=config.num_attention_heads,
-        num_kv_heads=_num_kv_heads(config),
+        num_kv_heads=num_kv_heads(config),
         head_dim=attention.head_dim,
         scaling=attention.scaling,
         window=getattr(config, "sliding_window", None),
@@ -209,10 +200,6 @@ def _layer(layer: Any, config: Any, dtype: torch.dtype) -> tuple[Attention, "_Bl
         key_norm=_head_norm(attention, "k_norm"),
     )
     return attend, _block(layer, config, dtype)
-
-
-def _num_kv_heads(config: Any) -> int:
-    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def _head_norm(attention: Any, name: str) -> HeadNorm | None:
@@ -261,10 +248,7 @@ def _block(layer: Any, config: Any, dtype: torch.dtype) -> "_Block":
     norm, module = _norm(layer.post_attention_layernorm, dtype), layer.mlp
     if hasattr(module, "gate_proj"):
         return _Dense(norm, _mlp(module, config, dtype))
-    # DeepSeek's shared experts are added as they are, Qwen's behind a gate of their own.
-    shared = getattr(module, "shared_experts", None)
-    shared = getattr(module, "shared_expert", None) if shared is None else shared
-    gate = getattr(module, "shared_expert_gate", None)
+    shared, gate = shared_experts(module)
     return _Moe(
         norm,
         module.experts,
@@ -275,21 +259,10 @@ def _block(layer: Any, config: Any, dtype: torch.dtype) -> "_Block":
 
 
 def _router(router: Any, config: Any) -> Router:
-    """How the family's router makes its choice of its logits."""
     weight = router.weight
     if weight.dtype not in _FORMATS:
         raise _NotServedError
-    is_deepseek = isinstance(router, DeepseekTopKRouter)
-    is_mixtral = config.model_type == "mixtral"
-    return Router(
-        weight,
-        fmt=_FORMATS[weight.dtype],
-        top_k=router.top_k,
-        is_renormalised=is_mixtral or router.norm_topk_prob,
-        rounds_scores=is_deepseek,
-        rounds_weights=not is_mixtral,
-        epsilon=RENORMALISATION_EPS if is_deepseek else 0.0,
-    )
+    return Router(weight, choice_rule(router, config), fmt=_FORMATS[weight.dtype])
 
 
 class _Dense:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from outrider.kernels import native
-from outrider.kernels.router import Router, gate_rows
+from outrider.kernels.router import ChoiceRule, Router, gate_rows
 
 pytestmark = pytest.mark.skipif(not native.is_available(), reason="the native library is not built")
 
@@ -28,7 +28,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def router_of(num_experts: int, top_k: int, fmt: str, **kind: Any) -> Router:
     gate = torch.zeros(num_experts, 64, dtype=FORMATS[fmt])
-    return Router(gate, fmt=fmt, top_k=top_k, **kind)
+    return Router(gate, ChoiceRule(top_k, **kind), fmt=fmt)
 
 
 @pytest.mark.parametrize("num_experts, top_k", [(64, 6), (8, 2), (5, 5), (1, 1), (100, 8)])

@@ -14,7 +14,8 @@ from outrider.runtime.acquisition import Acquisition
 from outrider.runtime.engine import Engine
 from outrider.runtime.models import native_decoder
 from outrider.runtime.models.attention import SequenceKv, Span
-from outrider.runtime.models.native_decoder import FAMILIES, NativeDecoder
+from outrider.runtime.models.llama_form import FAMILIES
+from outrider.runtime.models.native_decoder import NativeDecoder
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.runner import ModelRunner
 from outrider.runtime.scheduler import BatchLimits, Scheduler

@@ -10,7 +10,7 @@ from outrider.kernels import native
 from outrider.kernels.router import Router
 from outrider.runtime.engine import Engine
 from outrider.runtime.executor import ExpertExecutor
-from outrider.runtime.models.native_decoder import FAMILIES
+from outrider.runtime.models.llama_form import FAMILIES
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.runner import ModelRunner
 

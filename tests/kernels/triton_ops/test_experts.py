@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from triton_device import DEVICE, DTYPES
 
+from outrider.kernels import expert_mlp as ops
 from outrider.kernels.cuda import MAX_GATHERED_TOKENS, DeviceError
-from outrider.kernels.expert_mlp import combine, expert_mlp, expert_outputs
 from outrider.kernels.quantization import FORMATS, PLAIN_DTYPES, quantize
 from outrider.kernels.weights import part_name
 
@@ -12,9 +13,10 @@ from outrider.kernels.weights import part_name
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
 
 NAN = float("nan")
-# Relative RMS error to the reference. Grouped rows of fp16 are rounded between the projections.
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 8e-4}
-DTYPES = list(TOLERANCE)
+# Relative RMS error to the reference. Grouped rows of fp16 and bf16 are rounded between the
+# projections.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 8e-4, torch.bfloat16: 6e-3}
+HALVES = [dtype for dtype in DTYPES if dtype != torch.float32]
 MANY = MAX_GATHERED_TOKENS + 5
 # hidden, intermediate, tokens, top_k, slots: each names its edge.
 SHAPES = {
@@ -28,6 +30,39 @@ SHAPES = {
     "prefill-every-expert": (64, 64, MANY, 3, 3),
 }
 ODD = {"odd-63": (63, 37, 2, 2, 3), "odd-63-prefill": (63, 37, MANY, 2, 3)}
+
+
+def _moved(value):
+    """Tensors, also in tuples and mappings, on the device of the kernels."""
+    if isinstance(value, torch.Tensor):
+        return value.to(DEVICE)
+    if isinstance(value, tuple):
+        return tuple(map(_moved, value))
+    if isinstance(value, dict):
+        return {name: _moved(one) for name, one in value.items()}
+    return value
+
+
+def expert_mlp(*arguments, impl="reference", **options):
+    """`ops.expert_mlp`, its result on the CPU."""
+    if impl == "reference":
+        return ops.expert_mlp(*arguments, impl=impl, **options)
+    return ops.expert_mlp(*_moved(arguments), impl=impl, **_moved(options)).cpu()
+
+
+def expert_outputs(*arguments, impl="reference", out=None, **options):
+    """`ops.expert_outputs`, its result on the CPU, in `out` as well."""
+    if impl == "reference":
+        return ops.expert_outputs(*arguments, impl=impl, out=out, **options)
+    result = ops.expert_outputs(*_moved(arguments), impl=impl, out=_moved(out), **_moved(options))
+    return result.cpu() if out is None else out.copy_(result.cpu())
+
+
+def combine(*arguments, impl):
+    """`ops.combine`, its result on the CPU."""
+    if impl != "triton":
+        return ops.combine(*arguments, impl=impl)
+    return ops.combine(*_moved(arguments), impl=impl).cpu()
 
 
 def _arena(hidden, inner, num_slots, fmt, *, is_transposed=False, bias=False, seed=0):
@@ -77,12 +112,13 @@ def _both(shape, fmt, dtype, **layout):
     ]
 
 
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=list(SHAPES))
-def test_equals_the_reference_in_fp16(shape, fmt):
-    result, truth = _both(shape, fmt, torch.float16)
-    assert result.dtype == torch.float16
-    assert _error(result, truth) < TOLERANCE[torch.float16]
+def test_equals_the_reference_in_halves(shape, fmt, dtype):
+    result, truth = _both(shape, fmt, dtype)
+    assert result.dtype == dtype
+    assert _error(result, truth) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
@@ -211,8 +247,10 @@ def test_an_arena_of_more_than_2_to_the_31_elements_is_reached_to_its_end():
     # Untouched pages take no memory: only the last slot is written.
     num_slots, hidden, inner = 1 << 19, 64, 64
     arena = {
-        "gate_up_proj": torch.empty(num_slots, 2 * inner, hidden, dtype=torch.float16),
-        "down_proj": torch.empty(num_slots, hidden, inner, dtype=torch.float16),
+        "gate_up_proj": torch.empty(
+            num_slots, 2 * inner, hidden, dtype=torch.float16, device=DEVICE
+        ),
+        "down_proj": torch.empty(num_slots, hidden, inner, dtype=torch.float16, device=DEVICE),
     }
     small = _arena(hidden, inner, 1, "fp16")
     for name, value in arena.items():
