@@ -267,32 +267,6 @@ def add_residual(x: Tensor, first: Tensor, second: Tensor | None = None) -> None
     )
 
 
-def token_experts(
-    hidden_states: Tensor, slots: Sequence[int], weights: Sequence[float], experts: ExpertWeights
-) -> Tensor:
-    """One token's experts, combined: hidden_states [1, H] contiguous -> [1, H].
-
-    `slots` and `weights` stand in ascending order of the experts' ids, which is the order of the
-    sum. The bits are those of `expert_mlp.expert_outputs` and `expert_mlp.combine`. Raises
-    NativeArgumentError for a slot that the arena has not.
-    """
-    count = len(slots)
-    out = torch.empty_like(hidden_states)
-    native.check_status(
-        _library().outrider_token_experts(
-            ctypes.byref(native.experts_of(experts)),
-            hidden_states.data_ptr(),
-            (ctypes.c_int64 * count)(*slots),
-            (ctypes.c_float * count)(*weights),
-            count,
-            DTYPE_IDS[hidden_states.dtype],
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-    )
-    return out
-
-
 def token_outputs(
     hidden_states: Tensor,
     slots: Sequence[int],

@@ -131,7 +131,6 @@ def load(path: Path) -> ctypes.CDLL:
     lib.outrider_attend.argtypes = [pointer, *[pointer, wide] * 2, *[pointer] * 2, *[narrow] * 2]
     lib.outrider_gated_mlp.argtypes = [pointer, pointer, wide, pointer, narrow, narrow]
     lib.outrider_add_residual.argtypes = [pointer, pointer, pointer, wide, wide, narrow, narrow]
-    lib.outrider_token_experts.argtypes = [pointer] * 4 + [wide, narrow, pointer, narrow]
     lib.outrider_choose.argtypes = [pointer, pointer, wide, *[pointer] * 4]
     lib.outrider_gate_rows.argtypes = [pointer, pointer, wide, wide, narrow]
     lib.outrider_decode.argtypes = [pointer, pointer]

@@ -1,12 +1,12 @@
 """A pass of single tokens through all layers of a decoder in one native call.
 
-It comes back between two layers only where an expert is in no slot or a router's choice is tied.
-Each part computes as its own call does (`decoder`, `router`), so the bits are the same. Knows
-matrices, keys and values, slots; no model.
+It comes back within a layer only where an expert is in no slot, a router's choice is tied, or
+somebody wants to know every choice. Each part computes as its own call does (`decoder`, `router`),
+so the bits are the same. Knows matrices, keys and values, slots; no model.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,12 +21,12 @@ from .ways import Way
 from .weights import ExpertWeights
 
 # Why a pass comes back before its end (csrc/outrider.h).
-_TIED, _MISSING = 5, 6
+_TIED, _MISSING, _PENDING = 5, 6, 7
 
-# What a layer with missing experts is handed to: which of the routed layers, x [T, H] that it adds
-# the block to, the norm's output [T, H], the router's weights [T, K], and all layers' ids so far
-# [L, T, K].
-ServeMissing = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]
+# What sees to a layer's experts: of which of the routed layers, the norm's output [T, H], all
+# layers' ids and weights so far [L, T, K]. Called before any is computed, it begins to bring what
+# is in no slot. Whenever it is advanced, and has blocked, more is. Closed when all is computed.
+Serve = Callable[[int, Tensor, np.ndarray, Tensor], Generator[None]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +83,17 @@ class _Tokens(ctypes.Structure):
         ("weights", ctypes.c_void_p),
         ("scores", ctypes.c_void_p),
         ("is_tied", ctypes.c_void_p),
+        ("outputs", ctypes.c_void_p),
+        ("routed", ctypes.c_void_p),
+        ("shared", ctypes.c_void_p),
+        ("is_done", ctypes.c_void_p),
+        ("gate", ctypes.c_void_p),
+        ("assignments", ctypes.c_void_p),
         ("num_rows", ctypes.c_int64),
         ("layer", ctypes.c_int64),
         ("num_routed", ctypes.c_int64),
-        ("is_chosen", ctypes.c_int32),
+        ("stage", ctypes.c_int32),
+        ("tells_all", ctypes.c_int32),
         ("num_threads", ctypes.c_int32),
     )
 
@@ -95,14 +102,18 @@ class _Room:
     """Where passes of so many rows leave what they compute, and the descriptor that says so."""
 
     def __init__(self, num_rows: int, routers: Sequence[Router], embeddings: Tensor) -> None:
-        hidden, chosen = embeddings.shape[1], (len(routers), num_rows, routers[0].top_k)
-        self.x = embeddings.new_empty(num_rows, hidden)
-        self.normed = embeddings.new_empty(num_rows, hidden)
+        hidden, top_k = embeddings.shape[1], routers[0].top_k
+        self.x, self.normed, routed, shared = embeddings.new_empty(4, num_rows, hidden)
+        outputs = embeddings.new_empty(num_rows, top_k, hidden)
         self.turns = embeddings.new_empty(2, num_rows, 0)
+        chosen = (len(routers), num_rows, top_k)
         self.ids, self.weights = torch.empty(chosen, dtype=torch.int64), torch.empty(chosen)
         self.scores = torch.empty(num_rows, routers[0].num_experts)
         self.is_tied = torch.empty(num_rows, dtype=torch.int32)
+        is_done, gate = np.empty((num_rows, top_k), np.uint8), np.empty(num_rows, np.int32)
+        assignments = np.empty((3, num_rows, top_k), np.int64)
         self.inputs = np.empty((2, num_rows), np.int64)
+        self._kept = (routed, shared, outputs, is_done, gate, assignments)
         self.tokens = _Tokens(
             token_ids=self.inputs[0].ctypes.data,
             positions=self.inputs[1].ctypes.data,
@@ -112,6 +123,12 @@ class _Room:
             weights=self.weights.data_ptr(),
             scores=self.scores.data_ptr(),
             is_tied=self.is_tied.data_ptr(),
+            outputs=outputs.data_ptr(),
+            routed=routed.data_ptr(),
+            shared=shared.data_ptr(),
+            is_done=is_done.ctypes.data,
+            gate=gate.ctypes.data,
+            assignments=assignments.ctypes.data,
             num_rows=num_rows,
         )
 
@@ -176,14 +193,15 @@ class TokenPass:
         *,
         experts: ExpertWeights,
         slots: np.ndarray,
-        serve_missing: ServeMissing,
+        serve: Serve,
+        serves_all: bool,
     ) -> tuple[Tensor, np.ndarray]:
         """The next token of each of T sequences -> logits [T, V], ids [L, T, K] of routed layers.
 
         `turns` are cosines and sines [positions, head_dim] of all positions; `pasts` as for
         `Attention`, all streamed; slots [L, E] int64, negative for an expert that is in none: its
-        layer goes to `serve_missing`, which may change them. The ids are overwritten by the next
-        pass of T rows.
+        layer goes to `serve`, or all layers do (`serves_all`); it may change them. The ids are
+        overwritten by the next pass of T rows.
         """
         num_rows = len(token_ids)
         room = self._rooms.get(num_rows)
@@ -202,18 +220,28 @@ class TokenPass:
         tokens.cosine_table, tokens.sine_table = turns[0].data_ptr(), turns[1].data_ptr()
         tokens.pasts = pasts.part(0, Way.STREAMED)[0]
         tokens.num_threads = torch.get_num_threads()
-        tokens.layer, tokens.num_routed, tokens.is_chosen = -1, 0, 0
+        tokens.layer, tokens.num_routed, tokens.stage = -1, 0, 0
+        tokens.tells_all = serves_all
         decoder, state = ctypes.byref(self._decoder), ctypes.byref(tokens)
-        while status := self._call(decoder, state):
-            at = tokens.num_routed
-            if status == _TIED:
-                self._routers[at].settle(room.scores, room.is_tied, room.ids[at])
-            elif status == _MISSING:
-                weights = room.weights[at].to(self._routers[at].dtype)
-                serve_missing(at, room.x, room.normed, weights, room.ids)
-                tokens.layer += 1
-                tokens.num_routed += 1
-                tokens.is_chosen = 0
-            else:
-                native.check_status(status)
-        return logits, room.ids.numpy()
+        ids, serving = room.ids.numpy(), None
+        try:
+            while status := self._call(decoder, state):
+                if status == _PENDING:
+                    assert serving is not None, "a pass waits for experts that nobody was asked for"
+                    next(serving)
+                    continue
+                if serving is not None:
+                    serving.close()
+                    serving = None
+                at = tokens.num_routed
+                if status == _MISSING:
+                    serving = serve(at, room.normed, ids, room.weights)
+                    next(serving)
+                elif status == _TIED:
+                    self._routers[at].settle(room.scores, room.is_tied, room.ids[at])
+                else:
+                    native.check_status(status)
+        finally:
+            if serving is not None:
+                serving.close()
+        return logits, ids

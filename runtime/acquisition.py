@@ -92,6 +92,11 @@ class Acquisition:
         """Reads of what is needed are under way, so that compute would wait."""
         return bool(self._in_flight)
 
+    @property
+    def has_ready(self) -> bool:
+        """The next wave comes without waiting."""
+        return bool(self._ready)
+
     def waves(self) -> Iterator[list[tuple[ExpertKey, Slot]]]:
         """Experts with their slots, readable until the next wave is asked for; blocks on reads.
 

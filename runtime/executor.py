@@ -7,7 +7,7 @@ only. Prediction decides what is read ahead and nothing else.
 import logging
 import operator
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -21,7 +21,7 @@ from ..kernels.weights import ExpertWeights
 from ..predictors.base import Forecast, Predictor
 from .acquisition import Acquisition
 from .experts.arithmetic import ExpertArithmetic
-from .experts.cache import CacheCounters, ExpertCache, Slot
+from .experts.cache import CacheCounters, ExpertCache
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
 from .host_misses import HostMisses
@@ -143,14 +143,58 @@ class ExpertExecutor:
     def table(self) -> SlotTable | None:
         """Where experts lie, for a pass that computes by itself the layers which lack none of them.
 
-        It has these counted by `record`, in order, and hands the others to `forward`. None where
-        somebody is to be asked or shown something in every layer, or no native code computes.
+        It has these counted by `record`, in order, and `serve`d the others; or all, if it
+        `serves_all`. None where no native code computes.
         """
         weights = self.arithmetic.native_weights
-        if weights is None or self._observers or self._host_misses is not None:
+        if weights is None or self._host_misses is not None:
             return None
         shape = self.shape
         return SlotTable(weights, self.cache.table(shape.num_moe_layers, shape.num_experts))
+
+    @property
+    def serves_all(self) -> bool:
+        """Somebody is to be asked or shown something in every layer of this pass."""
+        return bool(self._observers)
+
+    def serve(
+        self,
+        layer_idx: int,
+        hidden_states: torch.Tensor,
+        topk_ids: np.ndarray,
+        topk_weights: torch.Tensor,
+    ) -> Generator[None]:
+        """See to the experts of one layer of a pass that computes them itself by `table`.
+
+        At first the reads of what is missing are begun; each further time this blocks until more
+        experts are in slots, where they stay until the one after. Shapes as for `forward`; all
+        three may be overwritten when this is advanced. Raises TransferError.
+        """
+        self.cache.advance(self._step, layer_idx)
+        chosen = topk_ids[0].tolist() if len(topk_ids) == 1 else set(topk_ids.reshape(-1).tolist())
+        acquisition = self._acquisition([ExpertKey(layer_idx, one) for one in sorted(chosen)])
+        try:
+            with acquisition:
+                self._forecast(layer_idx, hidden_states, is_free=acquisition.is_reading)
+                if self._observers:
+                    # What they are shown stays theirs.
+                    shown = topk_ids.copy(), topk_weights.clone(), hidden_states.clone()
+                    self._observe(layer_idx, *shown)
+                if not acquisition.has_ready:
+                    yield  # for what else the layer computes
+                for _ in acquisition.waves():
+                    yield
+        finally:
+            self._stall_s += acquisition.stall_s
+
+    def _acquisition(self, needed: Sequence[ExpertKey]) -> Acquisition:
+        return Acquisition(
+            needed,
+            cache=self.cache,
+            transfers=self._transfers,
+            prefetcher=self.prefetcher,
+            traffic=self._traffic,
+        )
 
     def record(self, topk_ids: np.ndarray, *, first_layer: int) -> None:
         """Count the look-ups of layers that lacked nothing: topk_ids [l, T, K]."""
@@ -217,14 +261,9 @@ class ExpertExecutor:
         rows = _rows_by_expert(ids)
         needed = [ExpertKey(layer_idx, expert_idx) for expert_idx in rows]
         on_host = self._on_host(needed)
-        acquisition = Acquisition(
-            [key for key in needed if key not in on_host] if on_host else needed,
-            cache=self.cache,
-            transfers=self._transfers,
-            prefetcher=self.prefetcher,
-            traffic=self._traffic,
+        acquisition = self._acquisition(
+            [key for key in needed if key not in on_host] if on_host else needed
         )
-        combined = None
         outputs = hidden_states.new_empty(ids.size, hidden_states.shape[1])  # [T * K, H]
         with acquisition:
             # The misses are being read by now, so forecasting costs no stall.
@@ -241,10 +280,6 @@ class ExpertExecutor:
                     out=outputs,
                 )
             for wave in acquisition.waves():
-                if len(wave) == ids.size:
-                    combined = self._token_sum(wave, hidden_states, rows, topk_weights)
-                    if combined is not None:
-                        continue
                 self.arithmetic.outputs(
                     module,
                     hidden_states,
@@ -257,8 +292,6 @@ class ExpertExecutor:
         self._stall_s += acquisition.stall_s
         if self._observers:
             self._observe(layer_idx, ids, topk_weights, hidden_states)
-        if combined is not None:
-            return combined
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
 
     def _on_host(self, needed: list[ExpertKey]) -> list[ExpertKey]:
@@ -273,25 +306,6 @@ class ExpertExecutor:
         self._traffic.misses += len(chosen)
         self._traffic.host_computed += len(chosen)
         return chosen
-
-    def _token_sum(
-        self,
-        wave: list[tuple[ExpertKey, Slot]],
-        hidden_states: torch.Tensor,
-        rows: dict[int, np.ndarray],
-        topk_weights: torch.Tensor,
-    ) -> torch.Tensor | None:
-        """All experts of a single token in one call, or None where it cannot be one."""
-        is_prompt = self._num_streamed == 0
-        if hidden_states.shape[0] != 1 or is_prompt or hidden_states.device.type != "cpu":
-            return None
-        weights = topk_weights[0].float().tolist()
-        in_order = sorted(wave)
-        return self.arithmetic.token_sum(
-            hidden_states,
-            slots=[slot for _, slot in in_order],
-            topk_weights=[weights[rows[key.expert_idx][0]] for key, _ in in_order],
-        )
 
     def _forecast(self, layer_idx: int, hidden_states: torch.Tensor, *, is_free: bool) -> None:
         # What compute would have waited for anyway is no cost of a forecast.

@@ -114,6 +114,8 @@ class ModelRunner:
                     experts=table.weights,
                     slots=table.slots,
                     record=self._executor.record,
+                    serve=self._executor.serve,
+                    serves_all=self._executor.serves_all,
                 )
             else:
                 logits = self._decoder.logits(
@@ -131,7 +133,7 @@ class ModelRunner:
         )
 
     def _table(self, batch: ScheduledBatch[Sequence], num_streamed: int | None) -> SlotTable | None:
-        """For a pass of single tokens in which nobody is told anything between two layers."""
+        """For a pass of single tokens whose experts nobody else stands before."""
         if num_streamed != batch.num_tokens or not adapter.calls(
             self._layers, self._executor.forward
         ):

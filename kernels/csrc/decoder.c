@@ -167,21 +167,3 @@ int outrider_token_rows(const Experts *experts, const uint8_t *x, const int64_t 
     free(token_idx);
     return status;
 }
-
-/* out [hidden] = the sum, in the order given, of one token's experts in `slots` times `weights`; the
-   same bits as the outputs of those slots and their combine by ascending expert, where that is it. */
-int outrider_token_experts(const Experts *experts, const uint8_t *x, const int64_t *slots,
-                           const float *weights, int64_t top_k, int32_t format, uint8_t *out,
-                           int32_t num_threads) {
-    int64_t hidden = experts->down.n, width = width_of(format);
-    size_t size = (size_t)(top_k * hidden * width);
-    int64_t *indices = malloc((size_t)top_k * sizeof *indices + size);
-    if (!indices) return NO_MEMORY;
-    uint8_t *outputs = (uint8_t *)(indices + top_k);
-    for (int64_t i = 0; i < top_k; i++) indices[i] = i;
-    int status = outrider_token_rows(experts, x, slots, NULL, top_k, top_k, format, BY_COUNT, outputs,
-                                        num_threads);
-    if (!status) status = outrider_combine(outputs, weights, indices, 1, top_k, hidden, format, out);
-    free(indices);
-    return status;
-}

@@ -7,7 +7,7 @@
 
 enum { FP32, BF16, FP16, INT8, INT4, NF4, NUM_FORMATS };
 enum { SILU, GELU, GELU_TANH, RELU, RELU2, CLAMPED_SWIGLU };
-enum { OK, BAD_TOKEN, BAD_SLOT, BAD_ROW, NO_MEMORY, TIED, MISSING };
+enum { OK, BAD_TOKEN, BAD_SLOT, BAD_ROW, NO_MEMORY, TIED, MISSING, PENDING };
 
 enum { GROUP = 64 };         /* weights that share a scale in INT4 and NF4 */
 enum { MAX_ROW_TOKENS = 4 }; /* tokens that one pass over a row serves */

@@ -1,13 +1,18 @@
-/* All layers of a pass of single tokens: nobody is asked in between but where a router's choice is tied or
-   an expert is in no slot. Each part computes as its own entry point does. */
+/* All layers of a pass of single tokens: nobody is asked in between but where a router's choice is tied, an
+   expert is in no slot, or somebody wants to be. Each part computes as its own entry point does. */
 #include "decoder.h"
 
 #include <stdlib.h>
 #include <string.h>
 
-/* Row t is the next of sequence t. cosine_table, sine_table [positions, dim]; pasts [layers, rows]; slots [routed layers, experts], negative where an expert is in none; what is
-   chosen, [routed layers, rows, top_k], and scores [rows, experts] of the layer at hand. `layer`, and in
-   it `is_chosen`, is where the pass stands: at first -1 and 0. */
+/* How far the layer at hand is: its experts are CHOSEN, whoever calls was TOLD of them, and BEGUN when the
+   shared ones and some of the others are computed. */
+enum { AT_ATTENTION, CHOSEN, TOLD, BEGUN };
+
+/* Row t is the next of sequence t. cosine_table, sine_table [positions, dim]; pasts [layers, rows]; slots
+   [routed layers, experts], negative where an expert is in none; what is chosen, [routed layers, rows,
+   top_k]; scores [rows, experts], outputs [rows, top_k, hidden], is_done [rows, top_k] and the other rows
+   [hidden] of the layer at hand. `layer` and `stage` are where the pass stands: at first -1 and 0. */
 typedef struct {
     const Experts *experts;
     const int64_t *slots;
@@ -18,8 +23,10 @@ typedef struct {
     int64_t *ids;
     float *weights, *scores;
     int32_t *is_tied;
-    int64_t num_rows, layer, num_routed; /* routed layers that are done */
-    int32_t is_chosen, num_threads;
+    uint8_t *outputs, *routed, *shared, *is_done, *gate; /* gate: four bytes a row */
+    int64_t *assignments;                                /* room for three a row and expert */
+    int64_t num_rows, layer, num_routed;                 /* routed layers that are done */
+    int32_t stage, tells_all, num_threads;               /* tells_all: of every layer's choice */
 } Tokens;
 
 typedef struct {
@@ -63,55 +70,67 @@ static int is_resident(const Layer *layer, const Tokens *tokens) {
     return 1;
 }
 
-/* The routed experts' rows, and their sums: outputs [rows, top_k, hidden] -> routed [rows, hidden]. */
-static int run_routed(const Layer *layer, Tokens *tokens, int32_t format, int64_t *indices,
-                      uint8_t *outputs, uint8_t *routed) {
-    int64_t top_k = layer->router->top_k, count = tokens->num_rows * top_k;
-    int64_t hidden = tokens->experts->down.n;
+/* Those routed experts' rows that are in slots and not done; PENDING if some are in none. */
+static int run_present(const Layer *layer, Tokens *tokens, int32_t format) {
+    int64_t top_k = layer->router->top_k, count = tokens->num_rows * top_k, num_found = 0;
+    int64_t hidden = tokens->experts->down.n, is_whole = 1;
     const int64_t *ids = tokens->ids + tokens->num_routed * count;
     const int64_t *slots = tokens->slots + tokens->num_routed * layer->router->gate.n;
+    int64_t *token_idx = tokens->assignments, *slot_ids = token_idx + count, *rows = slot_ids + count;
     for (int64_t i = 0; i < count; i++) {
-        indices[i] = i / top_k;
-        indices[count + i] = slots[ids[i]];
+        if (tokens->is_done[i]) continue;
+        if (slots[ids[i]] < 0) {
+            is_whole = 0;
+            continue;
+        }
+        token_idx[num_found] = i / top_k;
+        slot_ids[num_found] = slots[ids[i]];
+        rows[num_found++] = i;
     }
-    Inputs in = {.x = tokens->normed, .out = outputs, .token_idx = indices, .slot_ids = indices + count,
-                 .num_tokens = tokens->num_rows, .x_stride = hidden * width_of(format),
-                 .num_assignments = count, .num_out_rows = count, .format = format,
-                 .token_idx_wide = 1, .slot_ids_wide = 1, .way = STREAMED};
+    Inputs in = {.x = tokens->normed, .out = tokens->outputs, .token_idx = token_idx,
+                 .slot_ids = slot_ids, .out_rows = rows, .num_tokens = tokens->num_rows,
+                 .x_stride = hidden * width_of(format), .num_assignments = num_found,
+                 .num_out_rows = count, .format = format, .token_idx_wide = 1, .slot_ids_wide = 1,
+                 .out_rows_wide = 1, .way = STREAMED};
     int status = outrider_expert_outputs(tokens->experts, &in, tokens->num_threads);
     if (status) return status;
-    return outrider_combine(outputs, tokens->weights + tokens->num_routed * count, ids,
-                            tokens->num_rows, top_k, hidden, format, routed);
+    for (int64_t i = 0; i < num_found; i++) tokens->is_done[rows[i]] = 1;
+    return is_whole ? OK : PENDING;
 }
 
-static int run_shared(const Layer *layer, const Tokens *tokens, int32_t format, uint8_t *gate,
-                      uint8_t *shared) {
-    int status = outrider_gated_mlp(layer->mlp, tokens->normed, tokens->num_rows, shared, STREAMED,
-                                    tokens->num_threads);
+static int run_shared(const Layer *layer, Tokens *tokens, int32_t format) {
+    int status = outrider_gated_mlp(layer->mlp, tokens->normed, tokens->num_rows, tokens->shared,
+                                    STREAMED, tokens->num_threads);
     if (status || !layer->shared_gate) return status;
-    status = multiply(layer->shared_gate, tokens, format, gate);
+    status = multiply(layer->shared_gate, tokens, format, tokens->gate);
     if (status) return status;
-    return outrider_gate_rows(gate, shared, tokens->num_rows, layer->mlp->down.n, format);
+    return outrider_gate_rows(tokens->gate, tokens->shared, tokens->num_rows, layer->mlp->down.n,
+                              format);
 }
 
+/* Each part once, however often it is called for a layer. */
 static int run_block(const Layer *layer, Tokens *tokens, int32_t format) {
-    int64_t rows = tokens->num_rows, top_k = layer->router ? layer->router->top_k : 0;
-    int64_t hidden = layer->attention->query.k, size = rows * hidden * width_of(format);
-    size_t indices = (size_t)(2 * rows * top_k) * sizeof(int64_t);
-    uint8_t *memory = malloc(indices + (size_t)(size * (top_k + 2)) + (size_t)rows * 4);
-    if (!memory) return NO_MEMORY;
-    uint8_t *outputs = memory + indices, *routed = outputs + size * top_k, *shared = routed + size;
+    int64_t rows = tokens->num_rows, hidden = layer->attention->query.k;
     int status = OK;
-    if (layer->mlp) status = run_shared(layer, tokens, format, shared + size, shared);
+    if (tokens->stage != BEGUN) {
+        if (layer->mlp) status = run_shared(layer, tokens, format);
+        if (status) return status;
+        if (layer->router) memset(tokens->is_done, 0, (size_t)(rows * layer->router->top_k));
+        tokens->stage = BEGUN;
+    }
+    const uint8_t *first = tokens->shared, *second = NULL;
     if (layer->router) {
-        if (!status) status = run_routed(layer, tokens, format, (int64_t *)memory, outputs, routed);
-        tokens->num_routed++;
+        int64_t top_k = layer->router->top_k, chosen = tokens->num_routed * rows * top_k;
+        status = run_present(layer, tokens, format);
+        if (!status)
+            status = outrider_combine(tokens->outputs, tokens->weights + chosen, tokens->ids + chosen,
+                                      rows, top_k, hidden, format, tokens->routed);
+        first = tokens->routed;
+        second = layer->mlp ? tokens->shared : NULL;
     }
     if (!status)
-        status = outrider_add_residual(tokens->x, layer->router ? routed : shared,
-                                       layer->router && layer->mlp ? shared : NULL, rows, hidden,
-                                       format, tokens->num_threads);
-    free(memory);
+        status = outrider_add_residual(tokens->x, first, second, rows, hidden, format,
+                                       tokens->num_threads);
     return status;
 }
 
@@ -129,9 +148,9 @@ static void run_layers(void *context) {
         gather(tokens->sine_table, tokens->positions, rows, dim * width, tokens->sines);
         tokens->layer = 0;
     }
-    for (; tokens->layer < decoder->num_layers && !status; tokens->layer++) {
+    while (tokens->layer < decoder->num_layers && !status) {
         const Layer *layer = &decoder->layers[tokens->layer];
-        if (!tokens->is_chosen) {
+        if (tokens->stage == AT_ATTENTION) {
             status = outrider_attend(layer->attention, tokens->x, rows,
                                      tokens->pasts + tokens->layer * rows, rows, tokens->cosines,
                                      tokens->sines, STREAMED, num_threads);
@@ -139,14 +158,21 @@ static void run_layers(void *context) {
                 status = outrider_rms_norm(tokens->x, layer->norm, layer->eps, rows, hidden, format,
                                            tokens->normed, num_threads);
             if (!status && layer->router) status = choose(layer, tokens, format);
+            tokens->stage = CHOSEN;
             if (status) break;
         }
-        if (layer->router && !is_resident(layer, tokens)) status = MISSING;
-        if (status) break;
-        tokens->is_chosen = 0;
+        if (layer->router && tokens->stage == CHOSEN &&
+            (tokens->tells_all || !is_resident(layer, tokens))) {
+            tokens->stage = TOLD;
+            status = MISSING;
+            break;
+        }
         status = run_block(layer, tokens, format);
+        if (status) break;
+        tokens->stage = AT_ATTENTION;
+        tokens->layer++;
+        tokens->num_routed += layer->router != NULL;
     }
-    if (status == TIED || status == MISSING) tokens->is_chosen = 1;
     if (!status)
         status = outrider_rms_norm(tokens->x, decoder->norm, decoder->eps, rows, hidden, format,
                                    tokens->normed, num_threads);
@@ -155,9 +181,9 @@ static void run_layers(void *context) {
 }
 
 /* token_ids -> logits [rows, vocabulary], and each routed layer's choice. Keys and values are written
-   behind the pasts' rows, for which there is room. TIED: whoever calls settles the ids of the layer at
-   hand, and calls again. MISSING: whoever calls adds that layer's block to x, and calls again with the
-   next layer, of which nothing is chosen. */
+   behind the pasts' rows, for which there is room. What is neither OK nor an error is called again:
+   TIED, once the ids of the layer at hand are settled; MISSING, before an expert of it is computed, once
+   the reads of those in no slot have begun; PENDING, when more of them are in slots. */
 int outrider_decode(const Decoder *decoder, Tokens *tokens) {
     PassCall call = {.decoder = decoder, .tokens = tokens};
     with_team(run_layers, &call, tokens->num_threads);

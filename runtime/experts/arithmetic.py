@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from ...kernels import native, quantization
-from ...kernels.decoder import token_experts, token_outputs
+from ...kernels.decoder import token_outputs
 from ...kernels.expert_mlp import expert_outputs
 from ...kernels.ways import ways
 from ...kernels.weights import ExpertWeights
@@ -53,16 +53,6 @@ class ExpertArithmetic(Protocol):
         """
         ...
 
-    def token_sum(
-        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
-    ) -> torch.Tensor | None:
-        """One token's experts by slot, weighted and summed in the order given: [1, H] -> [1, H].
-
-        The bits are those of `outputs` and the fixed-order combine where the order is that of
-        ascending expert ids. None where there is no call for it.
-        """
-        ...
-
 
 class KernelArithmetic:
     """The gathered kernels: one call for all experts of a wave.
@@ -73,8 +63,7 @@ class KernelArithmetic:
     def __init__(self, weights: ExpertWeights, *, impl: str) -> None:
         self._weights = weights
         self._impl = impl
-        self._sums_tokens = impl == "cpu" and native.serves(weights)
-        self.native_weights = weights if self._sums_tokens else None
+        self.native_weights = weights if impl == "cpu" and native.serves(weights) else None
 
     def outputs(
         self,
@@ -89,7 +78,7 @@ class KernelArithmetic:
     ) -> None:
         """As `ExpertArithmetic.outputs`; `module` is not asked."""
         num_rows = hidden_states.shape[0]
-        if num_rows == 1 and self._sums_tokens and hidden_states.is_contiguous():
+        if num_rows == 1 and self.native_weights is not None and hidden_states.is_contiguous():
             # What stands around a token's call otherwise takes as long as small experts do.
             ((_, _, way),) = ways(1, num_streamed)
             positions = [int(row[0]) for row in rows]
@@ -116,14 +105,6 @@ class KernelArithmetic:
                 impl=self._impl,
                 way=way,
             )
-
-    def token_sum(
-        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
-    ) -> torch.Tensor | None:
-        """As `ExpertArithmetic.token_sum`."""
-        if not self._sums_tokens or not hidden_states.is_contiguous():
-            return None
-        return token_experts(hidden_states, slots, topk_weights, self._weights)
 
 
 class ModuleArithmetic:
@@ -156,12 +137,6 @@ class ModuleArithmetic:
             positions = torch.from_numpy(row).to(hidden_states.device)
             states = hidden_states[positions // top_k]  # [n, H]
             out[positions] = self._expert(module, slot, states).to(out.dtype)
-
-    def token_sum(
-        self, hidden_states: torch.Tensor, *, slots: Sequence[int], topk_weights: Sequence[float]
-    ) -> torch.Tensor | None:
-        """None: this family's experts are computed one by one."""
-        return None
 
     def _expert(self, module: Any, slot: int, states: torch.Tensor) -> torch.Tensor:
         if module.has_gate:

@@ -7,7 +7,7 @@ for a few, however many of each there are; so a row's bits depend on its own tex
 else is in the pass, nor on the pieces a prompt is run in. Other families go through the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,8 @@ _TABLE_ROWS = 1024
 
 # Told the ids [layers, T, K] that layers from `first_layer` on have chosen.
 Record = Callable[..., None]
+# Sees to one layer's experts: its index, the norm's output [T, H], its ids and weights [T, K].
+Serve = Callable[[int, Tensor, np.ndarray, Tensor], Generator[None]]
 
 
 class NativeDecoder:
@@ -43,7 +45,6 @@ class NativeDecoder:
     ) -> None:
         inner = model.model
         self._layers = layers
-        self._moes = [block for _, block in layers if isinstance(block, _Moe)]
         self._token_pass = TokenPass(
             [block.in_pass(attend) for attend, block in layers],
             embeddings=inner.embed_tokens.weight,
@@ -124,22 +125,26 @@ class NativeDecoder:
         experts: ExpertWeights,
         slots: np.ndarray,
         record: Record,
+        serve: Serve,
+        serves_all: bool,
     ) -> Tensor:
         """`logits`, with its bits, of a pass in which every sequence decodes.
 
         slots [layers, E] int64, negative for experts that are in none. Layers that lack none of
-        what they choose are computed without a word and `record`ed, in order; the others call the
-        experts' function, which may change the slots.
+        what they choose are computed without a word and `record`ed, in order; the others, or all,
+        go to `serve`, as for `TokenPass`.
         """
         self._have_turns(max(positions))
         num_recorded = 0
 
-        def serve(layer_idx: int, x: Tensor, normed: Tensor, weights: Tensor, ids: Tensor) -> None:
+        def told(
+            layer_idx: int, normed: Tensor, ids: np.ndarray, weights: Tensor
+        ) -> Generator[None]:
             nonlocal num_recorded
-            record(ids[num_recorded:layer_idx].numpy(), first_layer=num_recorded)
+            if layer_idx > num_recorded:
+                record(ids[num_recorded:layer_idx], first_layer=num_recorded)
             num_recorded = layer_idx + 1
-            moe = self._moes[layer_idx]
-            moe.finish(x, normed, weights, ids[layer_idx], num_streamed=len(token_ids))
+            return serve(layer_idx, normed, ids[layer_idx], weights[layer_idx])
 
         logits, chosen = self._token_pass(
             token_ids,
@@ -148,7 +153,8 @@ class NativeDecoder:
             self._pasts(spans, len(token_ids)),
             experts=experts,
             slots=slots,
-            serve_missing=serve,
+            serve=told,
+            serves_all=serves_all,
         )
         record(chosen[num_recorded:], first_layer=num_recorded)
         for span in spans:
@@ -307,12 +313,7 @@ class _Moe:
         """As `_Dense`."""
         normed = self._norm(x)
         logits = self._router.logits(normed, x.shape[0], num_streamed)
-        self.finish(x, normed, *self._router.choose(logits), num_streamed=num_streamed)
-
-    def finish(
-        self, x: Tensor, normed: Tensor, weights: Tensor, ids: Tensor, *, num_streamed: int
-    ) -> None:
-        """Add the block's output to x [T, H], whose norm and router's choice are known."""
+        weights, ids = self._router.choose(logits)
         experts = self._experts
         shared: list[Tensor] = []
 

@@ -11,7 +11,7 @@ from torch.nn import functional
 from outrider.kernels import decoder, native
 from outrider.kernels.activation import apply_activation
 from outrider.kernels.decoder import Attention, GatedMlp, HeadNorm, Pasts, Projection, RmsNorm
-from outrider.kernels.expert_mlp import combine, expert_outputs
+from outrider.kernels.expert_mlp import expert_outputs
 from outrider.kernels.quantization import dequantize, quantize
 from outrider.kernels.ways import Way
 from outrider.kernels.weights import ExpertWeights
@@ -325,22 +325,3 @@ def formula(
     scores = (query @ key.transpose(1, 2) * dim**-0.5).masked_fill(~mask, -torch.inf)
     mixed = functional.softmax(scores, dim=-1) @ value
     return mixed.transpose(0, 1).reshape(x.shape[0], -1) @ pairs[3][1].T
-
-
-@DTYPES
-@pytest.mark.parametrize("fmt", ["bf16", "int8", "int4", "nf4"])
-def test_experts_of_a_token_have_the_bits_of_separate_calls(fmt: str, dtype: torch.dtype) -> None:
-    hidden = 128
-    weights = arena_of(9, hidden, 64, fmt=fmt)
-    x = made(1, hidden, seed=50, dtype=dtype)
-    slot_ids, topk_ids = torch.tensor([7, 0, 3, 8]), torch.tensor([[40, 2, 63, 11]])
-    topk_weights = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    outputs = expert_outputs(x, (torch.zeros(4).long(), slot_ids), weights, impl="cpu")
-    expected = combine(outputs[None], topk_weights, topk_ids, impl="reference")
-    order = topk_ids[0].argsort()
-    found = decoder.token_experts(
-        x, slot_ids[order].tolist(), topk_weights[0, order].tolist(), weights
-    )
-    assert torch.equal(found, expected)
-    with pytest.raises(native.NativeArgumentError, match="slot"):
-        decoder.token_experts(x, [9], [1.0], weights)

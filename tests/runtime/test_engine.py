@@ -14,6 +14,7 @@ import pytest
 import torch
 from engines import prompt_of
 
+from outrider.kernels import native
 from outrider.runtime import ChatMessage, Engine, GenerationRequest, SamplingParams
 from outrider.runtime.errors import OutriderError, TransferError, UsageError
 from outrider.runtime.experts.thread_transfer import ThreadTransfer
@@ -327,22 +328,27 @@ def test_a_closed_engine_refuses(models):
 
 
 @pytest.mark.parametrize("at", range(0, 30, 4))
-def test_an_interrupt_anywhere_leaves_the_engine_usable(engine, expected, at):
-    arithmetic = engine.tier.executor.arithmetic
-    outputs, calls = arithmetic.outputs, []
+def test_an_interrupt_anywhere_leaves_the_engine_usable(engine, expected, monkeypatch, at):
+    """Before experts of a prompt's layer, or between two native calls of a token's pass."""
+    calls = []
 
-    def interrupted(*arguments, **options):
-        calls.append(1)
-        if len(calls) == at + 1:
-            raise KeyboardInterrupt
-        outputs(*arguments, **options)
+    def interrupting(call):
+        def interrupted(*arguments, **options):
+            calls.append(1)
+            if len(calls) == at + 1:
+                raise KeyboardInterrupt
+            return call(*arguments, **options)
 
-    arithmetic.outputs = interrupted
-    try:
+        return interrupted
+
+    with monkeypatch.context() as patch:
+        places = [(engine.tier.executor.arithmetic, "outputs")]
+        if native.is_available():
+            places.append((engine._runner._decoder._token_pass, "_call"))
+        for owner, name in places:
+            patch.setattr(owner, name, interrupting(getattr(owner, name)))
         with pytest.raises(KeyboardInterrupt):
             engine.generate(TEXTS, GREEDY)
-    finally:
-        del arithmetic.outputs
     check_idle(engine)
     assert [one.token_ids for one in engine.generate(TEXTS, GREEDY)] == expected
 

@@ -1,16 +1,19 @@
 """Decoded tokens that go through all layers in one native call, against the way layer by layer."""
 
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from engines import prompt_of
+from engines import WrongPredictor, prompt_of
 
 from outrider.kernels import native
 from outrider.kernels.router import Router
 from outrider.runtime.engine import Engine
 from outrider.runtime.executor import ExpertExecutor
 from outrider.runtime.models.llama_form import FAMILIES
+from outrider.runtime.models.loading import LoadedModel
 from outrider.runtime.request import SamplingParams
 from outrider.runtime.runner import ModelRunner
 
@@ -74,6 +77,51 @@ def test_one_call_gives_the_bits_and_counts_of_a_call_a_layer(
         assert whole.traffic == apart.traffic
         assert whole.kept == apart.kept
         assert whole.num_layers < apart.num_layers
+
+
+@dataclass(slots=True)
+class Shown:
+    """What a predictor was shown of one layer of a pass."""
+
+    layer_idx: int
+    topk_ids: np.ndarray
+    topk_weights: np.ndarray
+    router_input: torch.Tensor
+
+
+class Watcher(WrongPredictor):
+    """Forecasts at random; keeps what it is shown without a copy, as a predictor may."""
+
+    def __init__(self, loaded: LoadedModel, shown: list[Shown]) -> None:
+        super().__init__(loaded)
+        self._shown = shown
+
+    def observe(self, layer_idx: int, topk_ids: Any, topk_weights: Any, router_input: Any) -> None:
+        self._shown.append(Shown(layer_idx, topk_ids, topk_weights, router_input))
+
+
+@pytest.mark.parametrize("num_slots", [14, 5], ids=["many", "never-a-whole-layer"])
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_predictors_are_shown_the_same_either_way(
+    models: Any, family: str, num_slots: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs, shown = [], ([], [])
+    for is_whole, seen in zip((True, False), shown, strict=True):
+        with models.engine(
+            family,
+            dtype="bf16",
+            num_slots=num_slots,
+            prefetch="on",
+            make_predictor=lambda loaded, seen=seen: Watcher(loaded, seen),
+        ) as engine:
+            runs.append(Run(engine, monkeypatch, is_whole=is_whole))
+    assert all(torch.equal(*pair) for pair in zip(runs[0].logits, runs[1].logits, strict=True))
+    assert runs[0].num_layers < runs[1].num_layers
+    for mine, its in zip(*shown, strict=True):
+        assert mine.layer_idx == its.layer_idx
+        assert np.array_equal(mine.topk_ids, its.topk_ids)
+        assert np.array_equal(mine.topk_weights, its.topk_weights)
+        assert torch.equal(mine.router_input, its.router_input)
 
 
 @pytest.mark.parametrize("family", ["deepseek", "qwen2_moe"])
