@@ -22,7 +22,6 @@ from ..predictors.oracle import Oracle
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.experts.cache import Kind
-from ..runtime.models import adapter
 from ..runtime.models.loading import resolve_folder
 from ..runtime.request import GenerationRequest
 from ..runtime.sampler import SampledToken, Sampler, SamplerState
@@ -138,10 +137,9 @@ class EngineArm:
         Nobody predicts in an oracle's first run: what a controller would learn of one that knows
         nothing would keep it from being tried when it knows all.
         """
-        loaded, executor = self._engine.loaded, self._engine.tier.executor
-        recorder = _RoutingRecorder(executor.forward)
+        executor, recorder = self._engine.tier.executor, _RoutingRecorder()
         digest = xxhash.xxh3_64()
-        adapter.install(loaded.model, loaded.layers, recorder.forward)
+        executor.on_routing = recorder.take
         try:
             chosen = []
             for passage in passages:
@@ -151,7 +149,7 @@ class EngineArm:
                 passes = recorder.passes[first:]
                 self._foretold[passage.name] = [one for one in passes if one.is_decode]
         finally:
-            adapter.install(loaded.model, loaded.layers, executor.forward)
+            executor.on_routing = None
         if self._is_foretold:
             for passage in passages:
                 self._decode(passage)
@@ -301,25 +299,16 @@ class FollowingSampler:
 
 
 class _RoutingRecorder:
-    """Stands before the executor and writes down the distinct experts of every layer."""
+    """Writes down the distinct experts of every layer."""
 
-    def __init__(self, forward: adapter.ExpertsFunction) -> None:
-        self._forward = forward
+    def __init__(self) -> None:
         self.is_decode = False
         self.passes: list[Pass] = []
 
-    def forward(
-        self,
-        layer_idx: int,
-        module: Any,
-        hidden_states: torch.Tensor,
-        topk_ids: torch.Tensor,
-        topk_weights: torch.Tensor,
-    ) -> torch.Tensor:
+    def take(self, layer_idx: int, ids: np.ndarray) -> None:
         if layer_idx == 0:
             self.passes.append(Pass(self.is_decode, []))
-        self.passes[-1].layers.append(np.unique(topk_ids.cpu().numpy()).tolist())
-        return self._forward(layer_idx, module, hidden_states, topk_ids, topk_weights)
+        self.passes[-1].layers.append(np.unique(ids).tolist())
 
 
 def _told(shape: ModelShape, passage: Passage, passes: Sequence[Pass]) -> Oracle:

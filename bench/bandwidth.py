@@ -9,7 +9,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,9 @@ from ..runtime.experts.memory import map_memory
 
 READ_BYTES = 256 << 20
 READ_REPETITIONS = 3
+DEVICE_READ_BYTES = 1 << 30
 LINK_BYTES = 128 << 20
+DEVICE_PIECE_BYTES = 4 << 20
 PIECE_BYTES = 1 << 20
 NUM_THREADS = 2
 _BLOCK = 4096
@@ -55,6 +57,39 @@ def read_bandwidth() -> float:
                 block.sum()
             times.append(time.perf_counter() - began)
     return READ_BYTES / min(times)
+
+
+def device_bandwidths(device: str) -> tuple[float, float]:
+    """Bytes a second of a plain read of a CUDA device's memory, and of copies to it from the host's.
+
+    Those come from pinned memory, in pieces of 4 MiB. The best of 3; blocks.
+
+    The read is a maximum over a GiB, by PyTorch.
+    """
+    import torch
+
+    source = torch.ones(DEVICE_READ_BYTES // 8, dtype=torch.int64, device=device)
+    block = torch.ones(LINK_BYTES, dtype=torch.uint8).pin_memory()
+    target = torch.empty_like(block, device=device)
+
+    def read() -> None:
+        source.max()
+
+    def copy() -> None:
+        for begin in range(0, LINK_BYTES, DEVICE_PIECE_BYTES):
+            piece = slice(begin, begin + DEVICE_PIECE_BYTES)
+            target[piece].copy_(block[piece], non_blocking=True)
+
+    times: dict[Callable[[], None], list[float]] = {read: [], copy: []}
+    for _ in range(READ_REPETITIONS + 1):
+        for work, taken in times.items():
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            work()
+            end.record()
+            end.synchronize()
+            taken.append(begin.elapsed_time(end) / 1e3)
+    return DEVICE_READ_BYTES / min(times[read]), LINK_BYTES / min(times[copy])
 
 
 def link_bandwidth(files: Sequence[Path], *, seed: int = 0) -> Link:

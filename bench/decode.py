@@ -309,7 +309,7 @@ class _Bench:
             if repetition >= MIN_REPETITIONS and taken_s * (1 + 1 / repetition) > share_s:
                 break
             seed = self.options.seed + repetition
-            bandwidths.append(self._probed(first.files, seed))
+            bandwidths.append(self._probed(first, seed))
             for position, (name, worker) in enumerate(arms.items()):
                 self._tell(what, repetition * len(arms) + position, total)
                 is_emptied = is_cold and name != lineup.LLAMA_RESIDENT
@@ -348,8 +348,10 @@ class _Bench:
                 }
             )
 
-    def _probed(self, files: list[str], seed: int) -> Bandwidths:
-        found: Bandwidths = self.probe.call("measure", files, seed, kind=Bandwidths)
+    def _probed(self, subject: Subject, seed: int) -> Bandwidths:
+        found: Bandwidths = self.probe.call(
+            "measure", subject.files, subject.device, seed, kind=Bandwidths
+        )
         limit = self.options.link_bytes_per_s
         if limit is None:
             return found

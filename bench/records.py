@@ -104,9 +104,10 @@ class Measurement:
 class Bandwidths:
     """Bytes a second, now: a plain memory read by all threads, and the model's files.
 
-    `is_direct` says that the files were read past the page cache (O_DIRECT).
+    `reads` says what the link is: "direct" or "buffered" reads of the files (past the page cache by
+    O_DIRECT, or not), or "pinned" host memory, copied to a device.
     """
 
     read_bytes_per_s: float
     link_bytes_per_s: float
-    is_direct: bool
+    reads: str

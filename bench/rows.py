@@ -83,7 +83,7 @@ def make_row(
         "lru_missed_bytes_per_token": roofline.missed_bytes,
         "read_bytes_per_s": roofline.read_bytes_per_s,
         "link_bytes_per_s": roofline.link_bytes_per_s,
-        "reads": "direct" if bandwidths[0].is_direct else "buffered",
+        "reads": bandwidths[0].reads,
         "pages_kept": runs.pages_kept,
         "identical_logits": runs.has_identical_logits,
         "token_agreement": runs.agreement,

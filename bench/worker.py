@@ -17,7 +17,7 @@ import msgspec
 
 from ..runtime import errors
 from ..runtime.errors import OutriderError
-from .bandwidth import link_bandwidth, read_bandwidth
+from .bandwidth import device_bandwidths, link_bandwidth, read_bandwidth
 from .fence import Fence
 from .records import Bandwidths, Passage
 
@@ -127,10 +127,16 @@ def _command(kind: str, options: Mapping[str, Any]) -> list[str]:
 class Probe:
     """Measures bandwidths in a process that holds no model."""
 
-    def measure(self, files: list[str], seed: int) -> Bandwidths:
-        """Both bandwidths, now. Blocks for some 0.3 s."""
+    def measure(self, files: list[str], device: str, seed: int) -> Bandwidths:
+        """Both bandwidths, now. Blocks for some 0.3 s.
+
+        Of a CUDA device its own memory's, and the link's from pinned host memory.
+        """
+        if device.startswith("cuda"):
+            return Bandwidths(*device_bandwidths(device), "pinned")
         link = link_bandwidth([Path(file) for file in files], seed=seed)
-        return Bandwidths(read_bandwidth(), link.bytes_per_s, link.is_direct)
+        reads = "direct" if link.is_direct else "buffered"
+        return Bandwidths(read_bandwidth(), link.bytes_per_s, reads)
 
     def close(self) -> None:
         """Nothing to free."""

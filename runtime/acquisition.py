@@ -97,6 +97,15 @@ class Acquisition:
         """The next wave comes without waiting."""
         return bool(self._ready)
 
+    def gather(self) -> bool:
+        """Block until every needed expert lies in a slot, all at once.
+
+        False where there are not so many slots: `waves` then goes on. Raises TransferError.
+        """
+        while self._in_flight:
+            self._wait()
+        return not self._missing
+
     def waves(self) -> Iterator[list[tuple[ExpertKey, Slot]]]:
         """Experts with their slots, readable until the next wave is asked for; blocks on reads.
 

@@ -7,7 +7,7 @@ only. Prediction decides what is read ahead and nothing else.
 import logging
 import operator
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -25,6 +25,7 @@ from .experts.cache import CacheCounters, ExpertCache
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
 from .host_misses import HostMisses
+from .layer_choice import LayerChoice
 from .stats import ExpertTraffic
 
 logger = logging.getLogger(__name__)
@@ -77,6 +78,8 @@ class ExpertExecutor:
         self.arithmetic = arithmetic
         self._block_bytes = block_bytes
         self._host_misses = host_misses
+        self.on_routing: Callable[[int, np.ndarray], None] | None = None
+        """Told each layer and the ids [T, K] it chose, in the order they are computed."""
         self._observers: list[Observer] = []
         self._step = 0
         self._traffic = ExpertTraffic()
@@ -87,6 +90,7 @@ class ExpertExecutor:
         self._is_decode = False
         self._is_asking = False
         self._num_streamed: int | None = None
+        self._lacked = True
         self._began_s = 0.0
         self._forecast_s = 0.0
 
@@ -149,8 +153,33 @@ class ExpertExecutor:
         weights = self.arithmetic.native_weights
         if weights is None or self._host_misses is not None:
             return None
-        shape = self.shape
-        return SlotTable(weights, self.cache.table(shape.num_moe_layers, shape.num_experts))
+        return SlotTable(weights, self.slots())
+
+    @property
+    def device_weights(self) -> ExpertWeights | None:
+        """The slots as a device's own decoder computes from them; None where it may not."""
+        return None if self._host_misses is not None else self.arithmetic.device_weights
+
+    @property
+    def expects_no_miss(self) -> bool:
+        """Whether a pass will likely find all it needs, and nobody is shown what it does.
+
+        Misses come in runs, so the last decoded token tells.
+        """
+        return not self._observers and (self._holds_all or not self._lacked)
+
+    @property
+    def _holds_all(self) -> bool:
+        return self.cache.num_ready == self.shape.num_routed_experts
+
+    @property
+    def wants_states(self) -> bool:
+        """Whether somebody is shown this pass's hidden states."""
+        return bool(self._observers)
+
+    def slots(self) -> np.ndarray:
+        """Slots [layers, E] int64, -1 for experts that are absent; kept up to date."""
+        return self.cache.table(self.shape.num_moe_layers, self.shape.num_experts)
 
     @property
     def serves_all(self) -> bool:
@@ -170,6 +199,7 @@ class ExpertExecutor:
         experts are in slots, where they stay until the one after. Shapes as for `forward`; all
         three may be overwritten when this is advanced. Raises TransferError.
         """
+        self._tell_routing(layer_idx, topk_ids)
         self.cache.advance(self._step, layer_idx)
         chosen = topk_ids[0].tolist() if len(topk_ids) == 1 else set(topk_ids.reshape(-1).tolist())
         acquisition = self._acquisition([ExpertKey(layer_idx, one) for one in sorted(chosen)])
@@ -200,6 +230,8 @@ class ExpertExecutor:
         """Count the look-ups of layers that lacked nothing: topk_ids [l, T, K]."""
         traffic, cache = self._traffic, self.cache
         num_uses = num_prefetched = 0
+        for place, ids in enumerate(topk_ids if self.on_routing is not None else ()):
+            self._tell_routing(first_layer + place, ids)
         for layer_idx, ids in enumerate(topk_ids.tolist(), start=first_layer):
             cache.advance(self._step, layer_idx)
             # A token's experts are distinct.
@@ -216,7 +248,7 @@ class ExpertExecutor:
 
     def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
         # With every expert in its slot there is nothing left to forecast.
-        if self.cache.num_ready == self.shape.num_routed_experts:
+        if self._holds_all:
             return []
         # Predictors of sequences that have ended are let go.
         self._failed = [
@@ -233,6 +265,7 @@ class ExpertExecutor:
                 wall_s=time.perf_counter() - self._began_s,
                 forecast_s=self._forecast_s,
             )
+            self._lacked = self._traffic.misses + self._traffic.late_hits > 0
         now, before, traffic = self.cache.counters, self._before, self._traffic
         traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
         traffic.prefetch_used = now.prefetch_used - before.prefetch_used
@@ -241,6 +274,37 @@ class ExpertExecutor:
         started = traffic.prefetch_issued - traffic.prefetch_cancelled
         traffic.bytes_prefetched = max(0, started) * self._block_bytes
         return traffic, self._stall_s
+
+    def serve_at_once(
+        self, layer_idx: int, module: Any, choice: LayerChoice, *, compute: Callable[[], None]
+    ) -> torch.Tensor | None:
+        """Have a layer's experts brought, and computed by `compute` while they lie in `slots`.
+
+        Where they do not fit at once they are computed here, in waves: [T, H]. Blocks on reads.
+        Raises TransferError.
+        """
+        self._tell_routing(layer_idx, choice.ids)
+        self.cache.advance(self._step, layer_idx)
+        rows = _rows_by_expert(choice.ids)
+        computed: torch.Tensor | None = None
+        acquisition = self._acquisition([ExpertKey(layer_idx, expert_idx) for expert_idx in rows])
+        with acquisition:
+            self._forecast(layer_idx, choice.states, is_free=acquisition.is_reading)
+            if acquisition.gather():
+                compute()
+            else:
+                num_rows, top_k = choice.ids.shape
+                hidden_states = choice.hidden_states
+                outputs = hidden_states.new_empty(num_rows * top_k, hidden_states.shape[1])
+                for wave in acquisition.waves():
+                    self._compute(module, hidden_states, wave, rows, top_k=top_k, out=outputs)
+                computed = combine(
+                    outputs.view(num_rows, top_k, -1), choice.topk_weights, choice.topk_ids
+                )
+        self._stall_s += acquisition.stall_s
+        if self._observers:
+            self._observe(layer_idx, choice.ids, choice.weights, choice.states)
+        return computed
 
     def forward(
         self,
@@ -257,6 +321,7 @@ class ExpertExecutor:
         as `outrider_meanwhile` is called once the reads of what is missing are under way.
         """
         ids = topk_ids.cpu().numpy()  # [T, K]
+        self._tell_routing(layer_idx, ids)
         self.cache.advance(self._step, layer_idx)
         rows = _rows_by_expert(ids)
         needed = [ExpertKey(layer_idx, expert_idx) for expert_idx in rows]
@@ -280,19 +345,35 @@ class ExpertExecutor:
                     out=outputs,
                 )
             for wave in acquisition.waves():
-                self.arithmetic.outputs(
-                    module,
-                    hidden_states,
-                    slots=[slot for _, slot in wave],
-                    rows=[rows[key.expert_idx] for key, _ in wave],
-                    top_k=ids.shape[1],
-                    out=outputs,
-                    num_streamed=self._num_streamed,
-                )
+                self._compute(module, hidden_states, wave, rows, top_k=ids.shape[1], out=outputs)
         self._stall_s += acquisition.stall_s
         if self._observers:
             self._observe(layer_idx, ids, topk_weights, hidden_states)
         return combine(outputs.view(*ids.shape, -1), topk_weights, topk_ids)
+
+    def _tell_routing(self, layer_idx: int, ids: np.ndarray) -> None:
+        if self.on_routing is not None:
+            self.on_routing(layer_idx, ids)
+
+    def _compute(
+        self,
+        module: Any,
+        hidden_states: torch.Tensor,
+        wave: list[tuple[ExpertKey, Slot]],
+        rows: dict[int, np.ndarray],
+        *,
+        top_k: int,
+        out: torch.Tensor,
+    ) -> None:
+        self.arithmetic.outputs(
+            module,
+            hidden_states,
+            slots=[slot for _, slot in wave],
+            rows=[rows[key.expert_idx] for key, _ in wave],
+            top_k=top_k,
+            out=out,
+            num_streamed=self._num_streamed,
+        )
 
     def _on_host(self, needed: list[ExpertKey]) -> list[ExpertKey]:
         """Which of a layer's experts are computed where they lie; counted as misses."""

@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,11 +18,16 @@ from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .stats import ExpertTraffic
 
+if TYPE_CHECKING:
+    from .models.device_decoder import DeviceDecoder
+
 # A product of fewer bytes of weights is over before a second thread is awake. nano's tokens/s with
 # one thread and with two: 110 and 34 ahead of all other work, 13-27 and 1-2 on a busy machine.
 MIN_SHARED_BYTES = 1 << 20
 # This many rows are work enough for all threads, however small the model.
 MIN_SHARED_TOKENS = 32
+# Rows of a pass that a device decodes by itself: more are better grouped by expert.
+MAX_DEVICE_ROWS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +59,7 @@ class ModelRunner:
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
         self._decoder = NativeDecoder.of(loaded.model)
+        self._device_decoder = _device_decoder(loaded)
         self._num_passes = 0
         matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
@@ -72,7 +79,8 @@ class ModelRunner:
         DeviceLostError if the device fails, which ends all passes.
         """
         try:
-            return self._run(batch, every_row=every_row)
+            with _one_thread() if self._device_decoder is not None else nullcontext():
+                return self._run(batch, every_row=every_row)
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise InsufficientMemoryError(
                 f"out of memory in a pass of {batch.num_tokens} tokens: {error}; give a smaller "
@@ -104,7 +112,11 @@ class ModelRunner:
         with self._threads(batch.num_tokens):
             spans = [Span(span.sequence.kv, span.start, span.end) for span in batch.spans]
             table = self._table(batch, num_streamed)
-            if self._decoder is None or num_streamed is None:
+            if self._device_decoder is not None and self._is_decoded_on_device(batch):
+                logits = self._device_decoder.decode(
+                    token_ids, positions, spans, experts=self._executor
+                )
+            elif self._decoder is None or num_streamed is None:
                 logits = self._forward(token_ids, positions, spans, rows)
             elif table is not None:
                 logits = self._decoder.decode(
@@ -140,6 +152,13 @@ class ModelRunner:
             return None
         return self._executor.table()
 
+    def _is_decoded_on_device(self, batch: ScheduledBatch[Sequence]) -> bool:
+        return (
+            _num_streamed(batch) == batch.num_tokens <= MAX_DEVICE_ROWS
+            and self._executor.device_weights is not None
+            and adapter.calls(self._layers, self._executor.forward)
+        )
+
     def _forward(
         self, token_ids: list[int], positions: list[int], spans: list[Span], rows: list[int]
     ) -> torch.Tensor:
@@ -158,12 +177,8 @@ class ModelRunner:
         if not self._is_small or num_tokens >= MIN_SHARED_TOKENS:
             yield
             return
-        num_threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with _one_thread():
             yield
-        finally:
-            torch.set_num_threads(num_threads)
 
     def _begin(self, batch: ScheduledBatch[Sequence], num_streamed: int | None) -> None:
         observers: list[Observer] = []
@@ -178,6 +193,28 @@ class ModelRunner:
                 )
         self._executor.begin_step(self._num_passes, observers, num_streamed=num_streamed)
         self._num_passes += 1
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """What the host computes beside a device, or of a small model, is over before a second thread
+    is awake."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+def _device_decoder(loaded: LoadedModel) -> "DeviceDecoder | None":
+    if loaded.device.type != "cuda":
+        return None
+    # Imported when asked for: they need Triton, and a device.
+    from .models.cuda_graphs import CudaGraphs
+    from .models.device_decoder import DeviceDecoder
+
+    return DeviceDecoder.of(loaded.model, CudaGraphs(loaded.device))
 
 
 def _num_streamed(batch: ScheduledBatch[Sequence]) -> int:

@@ -25,13 +25,17 @@ _PLAIN_FORMATS = frozenset({"fp32", "bf16", "fp16"})
 class ExpertArithmetic(Protocol):
     """Computes chosen rows by chosen slots.
 
-    With `native_weights` a native pass over all layers computes the same bits from those slots.
+    With `native_weights` a native pass over all layers computes the same bits from those slots,
+    with `device_weights` a device's own decoder does.
     A row's bits depend on its input, its expert and how many rows that expert has in the step;
     never on slots, on waves, or on which experts share a call.
     """
 
     @property
     def native_weights(self) -> ExpertWeights | None: ...
+
+    @property
+    def device_weights(self) -> ExpertWeights | None: ...
 
     def outputs(
         self,
@@ -64,6 +68,7 @@ class KernelArithmetic:
         self._weights = weights
         self._impl = impl
         self.native_weights = weights if impl == "cpu" and native.serves(weights) else None
+        self.device_weights = weights if impl == "triton" else None
 
     def outputs(
         self,
@@ -88,14 +93,15 @@ class KernelArithmetic:
         positions = np.concatenate(rows)
         slot_ids = np.repeat(np.asarray(slots), [len(one) for one in rows])
         token_idx = positions // top_k
+        indices = np.stack([token_idx, slot_ids, positions])  # [3, N]: one copy to a device
         for begin, count, way in ways(num_rows, num_streamed):
-            chosen: Any = slice(None)
+            some = torch.from_numpy(indices)
             if count < num_rows:
-                chosen = (token_idx >= begin) & (token_idx < begin + count)
-            some = [
-                torch.from_numpy(one[chosen]).to(hidden_states.device)
-                for one in (token_idx, slot_ids, positions)
-            ]
+                is_chosen = (token_idx >= begin) & (token_idx < begin + count)
+                some = torch.from_numpy(indices[:, is_chosen])
+            if hidden_states.is_cuda:
+                # From pageable memory the copy would wait for all that is queued before it.
+                some = some.pin_memory().to(hidden_states.device, non_blocking=True)
             expert_outputs(
                 hidden_states,
                 (some[0], some[1]),
@@ -114,6 +120,7 @@ class ModuleArithmetic:
     """
 
     native_weights: ExpertWeights | None = None
+    device_weights: ExpertWeights | None = None
 
     def __init__(self, arena: SlotArena, *, fmt: str, is_transposed: bool) -> None:
         self._arena = arena

@@ -3,7 +3,6 @@
 Streams, events and nothing else: what goes when, and what stays in host memory, is `tiered`'s.
 """
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,19 +20,20 @@ MEMORY = 0.2
 
 
 class CudaCopy:
-    """One block's copy: an event behind its last piece."""
+    """One block's copy: an event before its first piece and one behind its last."""
 
-    def __init__(self, link: "CudaLink", ready: Any, *, nbytes: int) -> None:
+    def __init__(self, link: "CudaLink", began: Any, ready: Any, *, nbytes: int) -> None:
         self._link = link
+        self._began = began
         self._ready = ready
         self._nbytes = nbytes
-        self._began_s = time.perf_counter()
         self._is_done = False
 
     def done(self) -> bool:
         if not self._is_done and self._link.guard(self._ready.query):
             self._is_done = True
-            self._link.measure(self._nbytes, time.perf_counter() - self._began_s)
+            elapsed_ms = self._link.guard(lambda: self._began.elapsed_time(self._ready))
+            self._link.measure(self._nbytes, elapsed_ms / 1e3)
         return self._is_done
 
     def join(self) -> None:
@@ -58,6 +58,8 @@ class CudaLink:
         self._arena = arena
         self._cuda = cuda
         device = arena.device
+        # torch looks a device's number up anew at every call that is not given the number.
+        self._index = cuda.current_device() if device.index is None else device.index
         self._streams = {
             Kind.ON_DEMAND: cuda.Stream(device, priority=URGENT_PRIORITY),
             Kind.PREFETCH: cuda.Stream(device, priority=0),
@@ -68,7 +70,7 @@ class CudaLink:
 
     def compute_stream(self) -> Any:
         """The stream on which kernels are queued now."""
-        return self._cuda.current_stream(self._arena.device)
+        return self._cuda.current_stream(self._index)
 
     def copy(self, host_slot: Slot, slot: Slot, kind: Kind) -> CudaCopy:
         return self.guard(lambda: self._copy(host_slot, slot, kind))
@@ -79,14 +81,15 @@ class CudaLink:
             if slot in events:
                 stream.wait_event(events[slot])
         source, target = self._host.bytes_of(host_slot), self._arena.bytes_of(slot)
+        began, ready = (self._cuda.Event(enable_timing=True) for _ in range(2))
         with self._cuda.stream(stream):
+            began.record(stream)
             for start in range(0, len(source), PIECE_BYTES):
                 piece = slice(start, start + PIECE_BYTES)
                 target[piece].copy_(source[piece], non_blocking=True)
-        ready = self._cuda.Event()
         ready.record(stream)
         self._last_copy[slot] = ready
-        return CudaCopy(self, ready, nbytes=len(source))
+        return CudaCopy(self, began, ready, nbytes=len(source))
 
     def used(self, slots: Sequence[Slot]) -> None:
         if not slots:
@@ -100,7 +103,7 @@ class CudaLink:
         return self._rate
 
     def measure(self, nbytes: int, seconds: float) -> None:
-        """A copy took so long from being queued to being seen as done: a cautious rate."""
+        """A copy took so long on the device, what it waited for not counted."""
         rate = nbytes / max(seconds, 1e-9)
         self._rate += (rate - self._rate) * (MEMORY if self._rate else 1.0)
 

@@ -3,7 +3,7 @@
 Knows modules, no checkpoint; the formats are `kernels.quantization`'s.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from ..errors import InvalidDataError, UnsupportedModelError
 from .adapter import MoeLayer
 
 _HALF = (torch.bfloat16, torch.float16)
+_FORMATS = {dtype: fmt for fmt, dtype in PLAIN_DTYPES.items()}
 _PREFIX = "quantized_"  # of the buffers, so that none is called `weight`
 
 
@@ -69,6 +70,12 @@ class QuantizedLinear(nn.Module):
         self._part_names = tuple(parts)
         self._product = None
 
+    def share(self, parts: Mapping[str, Tensor]) -> None:
+        """Compute from `parts` instead, which hold the same values."""
+        for name, part in parts.items():
+            self.register_buffer(_PREFIX + name, part)
+        self._product = None
+
     def forward(self, hidden_states: Tensor) -> Tensor:
         """[..., K] -> [..., N]."""
         if self._product is not None:
@@ -76,6 +83,8 @@ class QuantizedLinear(nn.Module):
             if out is not None:
                 return out
         parts = self.parts
+        if hidden_states.is_cuda:
+            return linear(hidden_states, parts, fmt=self.fmt, bias=self.bias, impl="triton")
         self._product = prepared(parts, fmt=self.fmt, columns=self.in_features, bias=self.bias)
         return linear(hidden_states, parts, fmt=self.fmt, bias=self.bias)
 
@@ -153,6 +162,41 @@ def quantize_linears(
         stand_in = replaced[f"{name}.weight"] = QuantizedLinear(module, fmt=fmt)
         setattr(model.get_submodule(parent), leaf, stand_in)
     return replaced
+
+
+def weight_parts(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
+    """A linear layer's weight as parts of a format, and the format; None for any other module."""
+    if isinstance(module, QuantizedLinear):
+        return module.parts, module.fmt
+    if not isinstance(module, nn.Linear) or module.weight.dtype not in _FORMATS:
+        return None
+    return {"weight": module.weight.detach()}, _FORMATS[module.weight.dtype]
+
+
+def stack_weights(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str] | None:
+    """The weights of linear layers one below the other, as parts of their format.
+
+    The modules then use their share of it, so that nothing is held twice. None, and nothing done,
+    where one is no linear layer or formats differ.
+    """
+    found = [weight_parts(module) for module in modules]
+    if None in found:
+        return None
+    kept = [one for one in found if one is not None]
+    fmt = kept[0][1]
+    if any(other != fmt for _, other in kept):
+        return None
+    stacked = {name: torch.cat([parts[name] for parts, _ in kept]) for name in kept[0][0]}
+    begin = 0
+    for module, (parts, _) in zip(modules, kept, strict=True):
+        end = begin + parts["weight"].shape[0]
+        shares = {name: whole[begin:end] for name, whole in stacked.items()}
+        if isinstance(module, QuantizedLinear):
+            module.share(shares)
+        else:
+            module.weight = nn.Parameter(shares["weight"], requires_grad=False)
+        begin = end
+    return stacked, fmt
 
 
 def _routing_modules(model: nn.Module, layers: Collection[MoeLayer]) -> set[nn.Module]:

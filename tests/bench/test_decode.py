@@ -52,7 +52,7 @@ class InProcess:
 
     def ask(self, method: str, *arguments: Any) -> None:
         if self.arm is None:
-            self.replies.append(Bandwidths(10e9, 1e9, True))
+            self.replies.append(Bandwidths(10e9, 1e9, "direct"))
         else:
             self.replies.append(getattr(self.arm, method)(*arguments))
 

@@ -20,6 +20,7 @@ class FakeEvent:
 
     cuda: "FakeCuda"
     is_pending: bool = False
+    recorded_at: int = 0
 
     def record(self, stream: "FakeStream") -> None:
         self.is_pending = True
@@ -32,6 +33,10 @@ class FakeEvent:
     def synchronize(self) -> None:
         while self.is_pending:
             self.cuda.run_one()
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        """Milliseconds, one for each piece of work carried out in between."""
+        return float(end.recorded_at - self.recorded_at)
 
 
 @dataclass
@@ -68,10 +73,13 @@ class FakeCuda:
         self.streams.append(stream)
         return stream
 
-    def Event(self) -> FakeEvent:
+    def Event(self, *, enable_timing: bool = False) -> FakeEvent:
         return FakeEvent(self)
 
-    def current_stream(self, device: Any) -> FakeStream:
+    def current_device(self) -> int:
+        return 0
+
+    def current_stream(self, device: int) -> FakeStream:
         return self.current
 
     @contextmanager
@@ -97,7 +105,7 @@ class FakeCuda:
         stream = self.random.choice(ready)
         kind, what = stream.work.popleft()
         if kind == "record":
-            what.is_pending = False
+            what.is_pending, what.recorded_at = False, len(self.log)
         elif kind == "call":
             what()
         self.log.append((self.streams.index(stream), kind))
