@@ -60,9 +60,9 @@ def read_bandwidth() -> float:
 
 
 def device_bandwidths(device: str) -> tuple[float, float]:
-    """Bytes a second of a plain read of a CUDA device's memory, and of copies to it from the host's.
+    """Bytes a second of a plain read of a CUDA device's memory, and of copies into it.
 
-    Those come from pinned memory, in pieces of 4 MiB. The best of 3; blocks.
+    Those come from pinned host memory, in pieces of 4 MiB. The best of 3; blocks.
 
     The read is a maximum over a GiB, by PyTorch.
     """

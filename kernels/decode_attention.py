@@ -65,6 +65,7 @@ def _place_kernel(
     D: tl.constexpr,
     QUERY_NORM: tl.constexpr,
     KEY_NORM: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Norm and turn a head of qkv [T, (A + 2 G) D]; queries go to query [T, A, D], keys and values
@@ -84,13 +85,13 @@ def _place_kernel(
             if QUERY_NORM > 0:
                 value, other = _normed(
                     value, other, row_ptr, query_norm_ptr, head, d, partner, mask, eps,
-                    D, QUERY_NORM, kind,
+                    D, QUERY_NORM, BLOCK_WIDTH, kind,
                 )  # fmt: skip
         else:
             if KEY_NORM > 0:
                 value, other = _normed(
                     value, other, row_ptr + A * D, key_norm_ptr, head - A, d, partner, mask, eps,
-                    D, KEY_NORM, kind,
+                    D, KEY_NORM, BLOCK_WIDTH, kind,
                 )  # fmt: skip
         turn = tl.load(position_ptr + row) * D + d
         cosine = tl.load(cosine_ptr + turn, mask=mask, other=0.0).to(tl.float32)
@@ -111,15 +112,14 @@ def _place_kernel(
 @triton.jit
 def _normed(
     value, other, heads_ptr, weight_ptr, head, d, partner, mask, eps,
-    D: tl.constexpr, WIDTH: tl.constexpr, kind: tl.constexpr,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_WIDTH: tl.constexpr, kind: tl.constexpr,
 ):  # fmt: skip
     """A head and its partners, over the rms of WIDTH values, times the norm's weight."""
     if WIDTH == D:
         squares = tl.sum(value * value, axis=0)
         first = 0
     else:
-        BLOCK: tl.constexpr = triton.next_power_of_2(WIDTH)
-        columns = tl.arange(0, BLOCK)
+        columns = tl.arange(0, BLOCK_WIDTH)
         heads = tl.load(heads_ptr + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
         squares = tl.sum(heads * heads, axis=0)
         first = head * D
@@ -198,7 +198,7 @@ def _merge_kernel(part_ptr, out_ptr, D: tl.constexpr, SPLITS: tl.constexpr, BLOC
     total = tl.sum(tl.load(part + D + 1) * scale, axis=0)
     mask = (d < D)[None, :]
     sums = tl.load(part[:, None] + d[None, :], mask=mask, other=0.0) * scale[:, None]
-    out = tl.sum(sums, axis=0) / total
+    out = tl.div_rn(tl.sum(sums, axis=0), total)
     tl.store(out_ptr + head * D + d, out.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -238,6 +238,7 @@ def attend(
         D=dim,
         QUERY_NORM=0 if heads.query_norm is None else heads.query_norm.numel(),
         KEY_NORM=0 if heads.key_norm is None else heads.key_norm.numel(),
+        BLOCK_WIDTH=triton.next_power_of_2(num_heads * dim),
         BLOCK_D=block_d,
         num_warps=1,
     )

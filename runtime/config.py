@@ -42,8 +42,8 @@ class EngineConfig:
 
     `expert_memory` and `host_memory` are sizes as `sizes.parse_budget` reads them. `predictor` is a
     name or a folder made by `outrider train`. `eviction` auto is by forecast where a predictor
-    serves to read ahead, else `DEFAULT_EVICTION`. `device` auto is the CPU, until the GPU's path
-    has been seen to work.
+    serves to read ahead, else `DEFAULT_EVICTION`. `device` auto is the first GPU that torch and
+    Triton can use, else the CPU.
     `num_threads` None leaves torch's own choice. `profile` is a folder for traces of the run.
 
     Raises `FieldError` naming the option, the value and what is accepted.

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Rows
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -384,17 +385,18 @@ class Engine:
 
 
 def _device_of(config: EngineConfig) -> torch.device:
-    """Where the model runs: a GPU only where one is asked for, until it has been seen to work."""
-    if config.device.startswith("cuda"):
-        logger.warning(
-            "device %s: this path has not run on a GPU so far; check it first with "
-            "`outrider bench decode --self-check --device %s`",
-            config.device,
-            config.device,
-        )
-        return torch.device(config.device)
+    """Where the model runs: `auto` is the first GPU that torch and Triton can use, else the CPU."""
+    wanted = config.device
+    if wanted == "auto":
+        has_gpu = torch.cuda.is_available() and find_spec("triton") is not None
+        wanted = "cuda" if has_gpu else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda":
+        # Kernels are launched on the current device, whatever their tensors' is.
+        torch.cuda.set_device(device)
+        return torch.device("cuda", torch.cuda.current_device())
     if config.host_memory != "auto":
         raise UsageError(
             "host_memory: without a GPU the expert slots are host memory; use expert_memory"
         )
-    return torch.device("cpu")
+    return device

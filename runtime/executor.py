@@ -164,7 +164,7 @@ class ExpertExecutor:
     def expects_no_miss(self) -> bool:
         """Whether a pass will likely find all it needs, and nobody is shown what it does.
 
-        Misses come in runs, so the last decoded token tells.
+        Misses come in runs, so the last pass tells.
         """
         return not self._observers and (self._holds_all or not self._lacked)
 
@@ -265,7 +265,7 @@ class ExpertExecutor:
                 wall_s=time.perf_counter() - self._began_s,
                 forecast_s=self._forecast_s,
             )
-            self._lacked = self._traffic.misses + self._traffic.late_hits > 0
+        self._lacked = self._traffic.misses + self._traffic.late_hits > 0
         now, before, traffic = self.cache.counters, self._before, self._traffic
         traffic.prefetch_issued = now.prefetch_issued - before.prefetch_issued
         traffic.prefetch_used = now.prefetch_used - before.prefetch_used

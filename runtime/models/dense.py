@@ -15,7 +15,7 @@ from ..errors import InvalidDataError, UnsupportedModelError
 from .adapter import MoeLayer
 
 _HALF = (torch.bfloat16, torch.float16)
-_FORMATS = {dtype: fmt for fmt, dtype in PLAIN_DTYPES.items()}
+FORMATS = {dtype: fmt for fmt, dtype in PLAIN_DTYPES.items()}
 _PREFIX = "quantized_"  # of the buffers, so that none is called `weight`
 
 
@@ -168,9 +168,9 @@ def weight_parts(module: nn.Module) -> tuple[dict[str, Tensor], str] | None:
     """A linear layer's weight as parts of a format, and the format; None for any other module."""
     if isinstance(module, QuantizedLinear):
         return module.parts, module.fmt
-    if not isinstance(module, nn.Linear) or module.weight.dtype not in _FORMATS:
+    if not isinstance(module, nn.Linear) or module.weight.dtype not in FORMATS:
         return None
-    return {"weight": module.weight.detach()}, _FORMATS[module.weight.dtype]
+    return {"weight": module.weight.detach()}, FORMATS[module.weight.dtype]
 
 
 def stack_weights(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str] | None:
@@ -186,6 +186,8 @@ def stack_weights(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str]
     fmt = kept[0][1]
     if any(other != fmt for _, other in kept):
         return None
+    if len(kept) == 1:
+        return kept[0]
     stacked = {name: torch.cat([parts[name] for parts, _ in kept]) for name in kept[0][0]}
     begin = 0
     for module, (parts, _) in zip(modules, kept, strict=True):

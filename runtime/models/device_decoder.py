@@ -8,28 +8,35 @@ changes from token to token (positions, keys and values, slots) the kernels read
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ...kernels.activation import ActivationError, canonical_activation
 from ...kernels.choice import choose
 from ...kernels.cuda import MAX_GATHERED_TOKENS
-from ...kernels.decode_attention import DevicePasts, Heads, attend
+from ...kernels.decode_attention import DevicePasts, attend
 from ...kernels.expert_mlp import combine, expert_outputs
 from ...kernels.gathered import gated_rows, matrix_rows
-from ...kernels.operands import Operand, operand_of
+from ...kernels.operands import Operand
 from ...kernels.residual_norm import residual_norm
-from ...kernels.router import ChoiceRule
 from ...kernels.weights import ExpertWeights
 from ..layer_choice import LayerChoice
 from .attention import Span
 from .cuda_graphs import Work, WorkQueue
-from .dense import stack_weights
-from .llama_form import choice_rule, has_form, num_kv_heads, shared_experts
+from .device_layers import (
+    AttentionBlock,
+    DeviceLayer,
+    Mlp,
+    Norm,
+    NotServedError,
+    Routed,
+    layer_of,
+    norm_of,
+    stacked,
+)
+from .llama_form import has_form
 
 MAX_ROWS = MAX_GATHERED_TOKENS
 """Rows of a pass; above, experts are better read once for all rows that go to them."""
@@ -58,46 +65,6 @@ class Experts(Protocol):
     ) -> Tensor | None: ...
 
 
-@dataclass(frozen=True, slots=True)
-class _Norm:
-    weight: Tensor
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Attention:
-    norm: _Norm
-    qkv: Operand
-    heads: Heads
-    output: Operand
-
-
-@dataclass(frozen=True, slots=True)
-class _Mlp:
-    gate_up: Operand
-    down: Operand
-    inner: int
-    activation: str
-    gate: Operand | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Routed:
-    router: Operand
-    rule: ChoiceRule
-    module: Any
-
-
-@dataclass(frozen=True, slots=True)
-class _Layer:
-    """`mlp` is the block of a dense layer, of others the shared experts."""
-
-    attention: _Attention
-    norm: _Norm
-    mlp: _Mlp | None
-    routed: _Routed | None
-
-
 class DeviceDecoder:
     """The decoder of one loaded model on a device; make it with `of`. One thread.
 
@@ -106,7 +73,7 @@ class DeviceDecoder:
     """
 
     def __init__(
-        self, model: Any, layers: list[_Layer], norm: _Norm, head: Operand, queue: WorkQueue
+        self, model: Any, layers: list[DeviceLayer], norm: Norm, head: Operand, queue: WorkQueue
     ) -> None:
         inner = model.model
         self.layers, self.norm, self.head = layers, norm, head
@@ -114,7 +81,9 @@ class DeviceDecoder:
         self.vocab_size = model.lm_head.out_features
         self._rotary = inner.rotary_emb
         self._queue = queue
-        self._row = self.embeddings.new_empty(1, num_kv_heads(model.config), 0, _head_dim(inner))
+        self._row = self.embeddings.new_empty(
+            1, layers[0].attention.heads.num_kv_heads, 0, layers[0].attention.heads.head_dim
+        )
         self.turns = (self.embeddings.new_empty(0, 0),) * 2
         self._weights: ExpertWeights | None = None
         self._passes: dict[int, _Pass] = {}
@@ -128,9 +97,9 @@ class DeviceDecoder:
         if not has_form(model):
             return None
         try:
-            layers = [_layer(layer, model.config) for layer in model.model.layers]
-            return cls(model, layers, _norm(model.model.norm), _stacked(model.lm_head), queue)
-        except _NotServedError:
+            layers = [layer_of(layer, model.config) for layer in model.model.layers]
+            return cls(model, layers, norm_of(model.model.norm), stacked(model.lm_head), queue)
+        except NotServedError:
             return None
 
     def decode(
@@ -348,10 +317,10 @@ class _Pass:
         self._norm(decoder.norm, added)
         matrix_rows(self._normed, decoder.head, out=self._logits)
 
-    def _norm(self, norm: _Norm, added: tuple[Tensor, ...]) -> None:
+    def _norm(self, norm: Norm, added: tuple[Tensor, ...]) -> None:
         residual_norm(self._x, added, norm.weight, norm.eps, out=self._normed)
 
-    def _attend(self, layer: _Attention, layer_idx: int, added: tuple[Tensor, ...]) -> None:
+    def _attend(self, layer: AttentionBlock, layer_idx: int, added: tuple[Tensor, ...]) -> None:
         self._norm(layer.norm, added)
         heads, num_rows = layer.heads, self._x.shape[0]
         width = heads.num_heads * heads.head_dim
@@ -361,7 +330,7 @@ class _Pass:
         attend(qkv, heads, self._pasts, self._decoder.turns, layer_idx=layer_idx, out=seen)
         matrix_rows(seen, layer.output, out=self._attended)
 
-    def _apply(self, mlp: _Mlp) -> None:
+    def _apply(self, mlp: Mlp) -> None:
         inner = gated_rows(
             self._normed,
             self._rows,
@@ -377,7 +346,7 @@ class _Pass:
             matrix_rows(self._normed, mlp.gate, out=gate)
             self._mlp_sum.mul_(torch.sigmoid(gate))
 
-    def _choose(self, routed: _Routed, place: int) -> None:
+    def _choose(self, routed: Routed, place: int) -> None:
         num_experts = self._slots.shape[1]
         logits = self._x.new_empty(self._x.shape[0], num_experts)
         matrix_rows(self._normed, routed.router, out=logits)
@@ -393,89 +362,3 @@ class _Pass:
         self._routed_sum.copy_(
             combine(rows.view(*ids.shape, -1), self._topk_weights[place], ids, impl="triton")
         )
-
-
-class _NotServedError(Exception):
-    """A part that is not computed here as it is."""
-
-
-def _head_dim(inner: Any) -> int:
-    return inner.layers[0].self_attn.head_dim
-
-
-def _norm(module: Any) -> _Norm:
-    return _Norm(module.weight, module.variance_epsilon)
-
-
-def _stacked(*modules: Any) -> Operand:
-    """Linear layers of the same inputs as one matrix, their outputs one behind the other."""
-    stacked = stack_weights(modules)
-    if stacked is None:
-        raise _NotServedError
-    parts, fmt = stacked
-    bias = None
-    if any(module.bias is not None for module in modules):
-        bias = torch.cat(
-            [
-                module.bias
-                if module.bias is not None
-                else parts["weight"].new_zeros(module.out_features, dtype=torch.float32)
-                for module in modules
-            ]
-        )
-    one = {name: part.unsqueeze(0) for name, part in parts.items()}
-    return operand_of(one, None if bias is None else bias.unsqueeze(0), fmt=fmt)
-
-
-def _layer(layer: Any, config: Any) -> _Layer:
-    module = layer.self_attn
-    query_norm, key_norm = (getattr(module, name, None) for name in ("q_norm", "k_norm"))
-    heads = Heads(
-        num_heads=config.num_attention_heads,
-        num_kv_heads=num_kv_heads(config),
-        head_dim=module.head_dim,
-        scaling=module.scaling,
-        window=getattr(config, "sliding_window", None) or 0,
-        query_norm=None if query_norm is None else query_norm.weight,
-        key_norm=None if key_norm is None else key_norm.weight,
-        eps=0.0 if query_norm is None else query_norm.variance_epsilon,
-    )
-    attention = _Attention(
-        _norm(layer.input_layernorm),
-        _stacked(module.q_proj, module.k_proj, module.v_proj),
-        heads,
-        _stacked(module.o_proj),
-    )
-    norm, block = _norm(layer.post_attention_layernorm), layer.mlp
-    if hasattr(block, "gate_proj"):
-        return _Layer(attention, norm, _mlp(block, config), None)
-    shared, gate = shared_experts(block)
-    weight = block.gate.weight
-    router = operand_of({"weight": weight.unsqueeze(0)}, None, fmt=_format_of(weight))
-    return _Layer(
-        attention,
-        norm,
-        None if shared is None else _mlp(shared, config, gate),
-        _Routed(router, choice_rule(block.gate, config), block.experts),
-    )
-
-
-def _format_of(weight: Tensor) -> str:
-    formats = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-    if weight.dtype not in formats:
-        raise _NotServedError
-    return formats[weight.dtype]
-
-
-def _mlp(module: Any, config: Any, gate: Any = None) -> _Mlp:
-    try:
-        activation = canonical_activation(config.hidden_act)
-    except ActivationError as error:
-        raise _NotServedError from error
-    return _Mlp(
-        _stacked(module.gate_proj, module.up_proj),
-        _stacked(module.down_proj),
-        inner=module.gate_proj.out_features,
-        activation=activation,
-        gate=None if gate is None else _stacked(gate),
-    )

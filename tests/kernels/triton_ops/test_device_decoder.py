@@ -17,7 +17,7 @@ from outrider.runtime.models.device_decoder import DeviceDecoder
 from outrider.runtime.models.llama_form import FAMILIES
 from outrider.runtime.request import SamplingParams
 
-GREEDY = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+GREEDY = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
 TEXTS = [prompt_of(7), prompt_of(3)]
 
 
@@ -96,13 +96,13 @@ def test_tokens_are_those_of_the_models_own_modules(
         assert float((mine - theirs.cpu()).norm() / theirs.cpu().norm()) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["deepseek", "qwen2_moe"])
+@pytest.mark.parametrize("family", ["deepseek"] if IS_INTERPRETED else sorted(FAMILIES))
 def test_tokens_are_the_same_with_any_budget_and_prefetching(
     models: engines.Models, family: str
 ) -> None:
     with engine_of(models, family, expert_memory="all", prefetch="off") as engine:
         expected = generated(engine)
-    for budget, prefetch in (("50%", "off"), ("50%", "on"), ("15%", "off")):
+    for budget, prefetch in (("50%", "on"), ("30%", "off")):
         with engine_of(
             models, family, expert_memory=budget, prefetch=prefetch, predictor="frequent"
         ) as engine:
@@ -111,7 +111,7 @@ def test_tokens_are_the_same_with_any_budget_and_prefetching(
             assert not engine.tier.executor._holds_all
 
 
-@pytest.mark.parametrize("budget", ["all", "30%"])
+@pytest.mark.parametrize("budget", ["50%"] if IS_INTERPRETED else ["all", "50%"])
 def test_a_text_gets_the_same_tokens_alone_and_in_company(
     models: engines.Models, budget: str
 ) -> None:
@@ -121,7 +121,7 @@ def test_a_text_gets_the_same_tokens_alone_and_in_company(
     assert [list(one.token_ids) for one in together] == alone
 
 
-@pytest.mark.parametrize("dense_format", ["int8", "int4"])
+@pytest.mark.parametrize("dense_format", ["int8"] if IS_INTERPRETED else ["int8", "int4"])
 def test_dense_weights_may_be_quantised(models: engines.Models, dense_format: str) -> None:
     options = {"expert_memory": "all", "prefetch": "off", "dense_format": dense_format}
     with engine_of(models, "deepseek", **options) as engine:
