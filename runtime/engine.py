@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable
 from collections.abc import Sequence as Rows
-from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -20,6 +19,7 @@ from ..predictors.base import Predictor
 from . import admission
 from .config import EngineConfig
 from .detokenizer import Detokenizer
+from .device import device_of
 from .errors import DeviceLostError, OutriderError, UsageError
 from .generation import GenerationChunk, GenerationResult
 from .models import adapter
@@ -108,7 +108,11 @@ class Engine:
         `limits` left out are the defaults, with the KV cache bounded by the memory left over.
         """
         began = time.perf_counter()
-        device = _device_of(config)
+        device = device_of(config.device)
+        if device.type == "cpu" and config.host_memory != "auto":
+            raise UsageError(
+                "host_memory: without a GPU the expert slots are host memory; use expert_memory"
+            )
         if config.num_threads is not None:
             torch.set_num_threads(config.num_threads)
 
@@ -382,21 +386,3 @@ class Engine:
             if not sequence.is_finished:
                 sequence.cancel("cancelled")
         self._scheduler.forget_finished()
-
-
-def _device_of(config: EngineConfig) -> torch.device:
-    """Where the model runs: `auto` is the first GPU that torch and Triton can use, else the CPU."""
-    wanted = config.device
-    if wanted == "auto":
-        has_gpu = torch.cuda.is_available() and find_spec("triton") is not None
-        wanted = "cuda" if has_gpu else "cpu"
-    device = torch.device(wanted)
-    if device.type == "cuda":
-        # Kernels are launched on the current device, whatever their tensors' is.
-        torch.cuda.set_device(device)
-        return torch.device("cuda", torch.cuda.current_device())
-    if config.host_memory != "auto":
-        raise UsageError(
-            "host_memory: without a GPU the expert slots are host memory; use expert_memory"
-        )
-    return device

@@ -4,8 +4,6 @@ Joins cache, transfers, prefetcher, predictors and arithmetic; each of those kno
 only. Prediction decides what is read ahead and nothing else.
 """
 
-import logging
-import operator
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
@@ -18,32 +16,16 @@ import torch
 from ..collect.schema import ExpertKey, ModelShape
 from ..kernels.expert_mlp import combine
 from ..kernels.weights import ExpertWeights
-from ..predictors.base import Forecast, Predictor
+from ..predictors.base import Forecast
 from .acquisition import Acquisition
 from .experts.arithmetic import ExpertArithmetic
-from .experts.cache import CacheCounters, ExpertCache
+from .experts.cache import CacheCounters, ExpertCache, Slot
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
 from .host_misses import HostMisses
 from .layer_choice import LayerChoice
+from .observers import Observer, Observers
 from .stats import ExpertTraffic
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Observer:
-    """Rows [start, end) of a pass belong to the sequence that `predictor` follows.
-
-    `step` is that sequence's own count of passes; `token_id` the token it decodes now, None in a
-    prefill.
-    """
-
-    predictor: Predictor
-    start: int
-    end: int
-    step: int
-    token_id: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,13 +62,11 @@ class ExpertExecutor:
         self._host_misses = host_misses
         self.on_routing: Callable[[int, np.ndarray], None] | None = None
         """Told each layer and the ids [T, K] it chose, in the order they are computed."""
-        self._observers: list[Observer] = []
+        self._observers = Observers(shape)
         self._step = 0
         self._traffic = ExpertTraffic()
         self._stall_s = 0.0
         self._before = CacheCounters()
-        self._failed: list[Predictor] = []
-        self._has_failed = False
         self._is_decode = False
         self._is_asking = False
         self._num_streamed: int | None = None
@@ -97,11 +77,11 @@ class ExpertExecutor:
     @property
     def is_degraded(self) -> bool:
         """A predictor was switched off or reads ahead fail: slower, never wrong."""
-        return self._has_failed or self._transfers.degraded
+        return self._observers.has_failed or self._transfers.degraded
 
     def mark_degraded(self) -> None:
         """Remember that a predictor failed before it was asked for anything here."""
-        self._has_failed = True
+        self._observers.has_failed = True
 
     def begin_step(
         self, step: int, observers: Sequence[Observer], *, num_streamed: int | None = None
@@ -115,31 +95,24 @@ class ExpertExecutor:
         """
         self._step = step
         self._num_streamed = num_streamed
-        self._observers = self._useful(observers)
+        # With every expert in its slot there is nothing left to forecast.
+        self._observers.begin(() if self._holds_all else observers)
         self._traffic = ExpertTraffic()
         self._stall_s = 0.0
         self._before = replace(self.cache.counters)
-        decoding = [one for one in self._observers if one.token_id is not None]
         # Durations of prompts say nothing about those of single tokens, so only pure decode steps
         # are shown to the prefetcher's controller.
-        self._is_decode = bool(decoding) and len(decoding) == len(observers)
+        self._is_decode = 0 < len(self._observers.decoding) == len(observers)
         self.prefetcher.begin_step(is_decode=self._is_decode)
         self._is_asking = self.prefetcher.wants_forecasts
         if self._is_decode and not self._is_asking:
-            self._observers = []  # what a prompt teaches, though, a predictor always sees
+            self._observers.dismiss()  # what a prompt teaches, though, a predictor always sees
         self._began_s = time.perf_counter()
         self._forecast_s = 0.0
         self.cache.advance(step, -1)
-        if self._is_asking and self._observers:
-            for horizon in (1, 2) if decoding else ():
-                self._offer(
-                    [
-                        self._ask(one, "before_token", one.token_id, horizon)
-                        for one in decoding
-                        if one in self._observers
-                    ],
-                    step=step + horizon - 1,
-                )
+        if self._is_asking and self._observers.decoding:
+            for horizon in (1, 2):
+                self._offer(self._observers.before_token(horizon, step=step + horizon - 1))
         # Execution stands before layer 0, whose experts may be read ahead as well.
         self.prefetcher.advance(step, -1)
         self._forecast_s += time.perf_counter() - self._began_s
@@ -245,16 +218,6 @@ class ExpertExecutor:
         traffic.lookups += num_uses
         traffic.hits_prefetched += num_prefetched
         traffic.hits_resident += num_uses - num_prefetched
-
-    def _useful(self, observers: Sequence[Observer]) -> list[Observer]:
-        # With every expert in its slot there is nothing left to forecast.
-        if self._holds_all:
-            return []
-        # Predictors of sequences that have ended are let go.
-        self._failed = [
-            bad for bad in self._failed if any(one.predictor is bad for one in observers)
-        ]
-        return [one for one in observers if not any(one.predictor is bad for bad in self._failed)]
 
     def end_step(self) -> tuple[ExpertTraffic, float]:
         """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
@@ -393,15 +356,7 @@ class ExpertExecutor:
         began = time.perf_counter()
         is_asking = self._is_asking and bool(self._observers)
         if is_asking and self.prefetcher.is_due(self._step, layer_idx, is_free=is_free):
-            self._offer(
-                [
-                    self._ask(
-                        observer, "in_pass", layer_idx, hidden_states[observer.start : observer.end]
-                    )
-                    for observer in list(self._observers)
-                ],
-                step=self._step,
-            )
+            self._offer(self._observers.in_pass(layer_idx, hidden_states, step=self._step))
         self.prefetcher.advance(self._step, layer_idx)
         if not is_free:
             self._forecast_s += time.perf_counter() - began
@@ -410,41 +365,12 @@ class ExpertExecutor:
         self, layer_idx: int, ids: np.ndarray, weights: torch.Tensor, hidden_states: torch.Tensor
     ) -> None:
         began = time.perf_counter()
-        host_weights = weights.float().cpu().numpy()
-        for observer in list(self._observers):
-            rows = slice(observer.start, observer.end)
-            self._ask(
-                observer, "observe", layer_idx, ids[rows], host_weights[rows], hidden_states[rows]
-            )
+        self._observers.observe(layer_idx, ids, weights, hidden_states)
         self._forecast_s += time.perf_counter() - began
 
-    def _offer(self, forecasts: Sequence[Forecast | None], *, step: int) -> None:
-        # Predictors count the steps in which they were asked; what they speak of is known here.
-        known = [replace(one, step=step) for one in forecasts if one is not None]
-        for forecast in _union(known):
+    def _offer(self, forecasts: Sequence[Forecast]) -> None:
+        for forecast in forecasts:
             self.prefetcher.offer(forecast)
-
-    def _ask(self, observer: Observer, method: str, *arguments: Any) -> Forecast | None:
-        # A predictor may be a file that somebody trained: whatever goes wrong in it costs speed
-        # only, so it is set aside and the tokens stay what they are.
-        try:
-            forecast = getattr(observer.predictor, method)(*arguments)
-            if forecast is None:
-                return None
-            forecast.check(self.shape)
-            operator.index(forecast.step)
-        except Exception as error:
-            logger.warning(
-                "predictor %s failed in %s and is switched off: %s",
-                type(observer.predictor).__name__,
-                method,
-                error,
-            )
-            self._observers.remove(observer)
-            self._failed.append(observer.predictor)
-            self._has_failed = True
-            return None
-        return forecast
 
 
 def _rows_by_expert(ids: np.ndarray) -> dict[int, np.ndarray]:
@@ -459,14 +385,3 @@ def _rows_by_expert(ids: np.ndarray) -> dict[int, np.ndarray]:
     starts = np.flatnonzero(experts[1:] != experts[:-1]) + 1
     bounds = [0, *starts.tolist(), len(order)]
     return {int(experts[start]): order[start:end] for start, end in pairwise(bounds)}
-
-
-def _union(forecasts: list[Forecast]) -> list[Forecast]:
-    """One forecast per range of layers and step: an expert is used if any sequence uses it."""
-    if len(forecasts) < 2:
-        return forecasts
-    unused: dict[tuple[int, int, int], np.ndarray] = {}
-    for forecast in forecasts:
-        key = (forecast.step, forecast.layer_from, forecast.layer_to)
-        unused[key] = unused.get(key, np.float32(1.0)) * (1.0 - forecast.probability)
-    return [Forecast(*key, probability=1.0 - chance) for key, chance in unused.items()]

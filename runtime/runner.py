@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import DeviceLostError, InsufficientMemoryError
-from .executor import ExpertExecutor, Observer, SlotTable
+from .executor import ExpertExecutor, SlotTable
 from .models import adapter
 from .models.attention import RaggedAttention, Span
 from .models.loading import LoadedModel
 from .models.native_decoder import NativeDecoder
+from .observers import Observer
 from .scheduler import ScheduledBatch
 from .sequence import Sequence
 from .stats import ExpertTraffic

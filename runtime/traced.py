@@ -21,6 +21,7 @@ import torch
 from ..collect.schema import ModelShape
 from ..kernels import native
 from .config import EngineConfig
+from .device import device_of
 from .engine import DTYPES
 from .errors import UsageError
 from .models import adapter
@@ -88,7 +89,7 @@ def open_traced(
         torch.set_num_threads(config.num_threads)
     folder = resolve_folder(model, revision=config.revision)
     dtype = DTYPES.get(config.dtype)
-    device = _device(config.device)
+    device = device_of(config.device)
     name = model or "nano"
     if max_memory:
         return _offloaded(folder, name, dtype=dtype, max_memory=max_memory)
@@ -269,12 +270,6 @@ def _shape_of(folder: Path) -> ModelShape:
     return adapter.routing_shape(
         model, layers, fingerprint=fingerprint(checkpoint.config, checksums)
     )
-
-
-def _device(wanted: str) -> torch.device:
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(wanted)
 
 
 def _format_of(dtype: torch.dtype) -> str:

@@ -10,12 +10,13 @@ from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.kernels.weights import ExpertWeights
 from outrider.predictors.base import Forecast
 from outrider.runtime.errors import TransferError
-from outrider.runtime.executor import ExpertExecutor, Observer
+from outrider.runtime.executor import ExpertExecutor
 from outrider.runtime.experts.arithmetic import KernelArithmetic
 from outrider.runtime.experts.cache import ExpertCache
 from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.prefetcher import Prefetcher
 from outrider.runtime.experts.slots import SlotArena
+from outrider.runtime.observers import Observer
 from outrider.runtime.testing import ManualTransfer, write_experts
 
 SHAPE = ModelShape(
