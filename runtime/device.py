@@ -17,5 +17,6 @@ def device_of(wanted: str) -> torch.device:
     if device.type != "cuda":
         return device
     # Kernels are launched on the current device, whatever their tensors' is.
-    torch.cuda.set_device(device)
-    return torch.device("cuda", torch.cuda.current_device())
+    index = torch.cuda.current_device() if device.index is None else device.index
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
