@@ -23,6 +23,7 @@ class VirtualCopy:
 
     __slots__ = ("_link", "began_s", "ended_s", "is_cancelled", "is_done", "is_started", "key",
                  "kind", "left_s", "nbytes", "slot")  # fmt: skip
+    is_ordered = False
 
     def __init__(self, link: "VirtualLink", key: ExpertKey, slot: Slot, *, kind: Kind) -> None:
         self.key = key
@@ -132,6 +133,10 @@ class VirtualLink:
 
     def used(self, slots: Sequence[Slot]) -> None:
         """Nothing: what is computed is time only."""
+
+    def device_stall_s(self) -> float:
+        """None: there is no device."""
+        return 0.0
 
     def bandwidth(self) -> float:
         """Bytes a second as an engine measures them: 0 before the first copy, latency included

@@ -97,6 +97,11 @@ class Acquisition:
         """The next wave comes without waiting."""
         return bool(self._ready)
 
+    @property
+    def is_blocking(self) -> bool:
+        """`gather` will have to wait on the host."""
+        return not all(copy.is_ordered for copy in self._in_flight)
+
     def gather(self) -> bool:
         """Block until every needed expert lies in a slot, all at once.
 

@@ -220,7 +220,11 @@ class ExpertExecutor:
         traffic.hits_resident += num_uses - num_prefetched
 
     def end_step(self) -> tuple[ExpertTraffic, float]:
-        """The pass is over: its look-ups and bytes, and the seconds it waited for experts."""
+        """The pass is over: its look-ups and bytes, and the seconds it waited for experts.
+
+        Those of a device are told when they are over, so the last may count for the next pass.
+        """
+        self._stall_s += self._transfers.device_stall_s()
         if self._is_decode:
             self.prefetcher.end_step(
                 stall_s=self._stall_s,
@@ -252,7 +256,12 @@ class ExpertExecutor:
         computed: torch.Tensor | None = None
         acquisition = self._acquisition([ExpertKey(layer_idx, expert_idx) for expert_idx in rows])
         with acquisition:
-            self._forecast(layer_idx, choice.states, is_free=acquisition.is_reading)
+            is_free = acquisition.is_reading
+            is_first = acquisition.is_blocking
+            # Whoever waits on the host, for disk, has time to forecast before, else the device is
+            # given its work first.
+            if is_first:
+                self._forecast(layer_idx, choice.states, is_free=is_free)
             if acquisition.gather():
                 compute()
             else:
@@ -264,6 +273,8 @@ class ExpertExecutor:
                 computed = combine(
                     outputs.view(num_rows, top_k, -1), choice.topk_weights, choice.topk_ids
                 )
+            if not is_first:
+                self._forecast(layer_idx, choice.states, is_free=is_free)
         self._stall_s += acquisition.stall_s
         if self._observers:
             self._observe(layer_idx, choice.ids, choice.weights, choice.states)

@@ -41,6 +41,8 @@ class VirtualClock:
 class ManualCopy:
     """ManualTransfer's Transfer. `wait` completes what is due up to this copy, in service order."""
 
+    is_ordered = False
+
     def __init__(self, engine: "ManualTransfer", key: ExpertKey, slot: Slot, *, kind: Kind) -> None:
         self.key = key
         self.slot = slot
@@ -130,6 +132,9 @@ class ManualTransfer:
     def used(self, slots: Sequence[Slot]) -> None:
         """Nothing: tests compute on the CPU."""
 
+    def device_stall_s(self) -> float:
+        return 0.0
+
     def bandwidth(self) -> float:
         return self._bandwidth
 
@@ -214,6 +219,9 @@ class InstantLink:
 
     def used(self, slots: Sequence[Slot]) -> None:
         """Nothing: what is computed on the CPU is done."""
+
+    def stall_s(self) -> float:
+        return 0.0
 
     def bandwidth(self) -> float:
         return 1e10

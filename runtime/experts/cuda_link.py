@@ -3,6 +3,7 @@
 Streams, events and nothing else: what goes when, and what stays in host memory, is `tiered`'s.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from ..errors import DeviceLostError
 from .cache import Kind, Slot
 from .slots import SlotArena
-from .thread_transfer import PIECE_BYTES
 
 URGENT_PRIORITY = -1
 """Lower is more urgent; a device without priorities takes it for 0."""
+
+PIECE_BYTES = 4 << 20
+"""Of a prefetch; a launch of less costs more of the host than it takes of the link."""
 
 MEMORY = 0.2
 
@@ -37,7 +40,8 @@ class CudaCopy:
         return self._is_done
 
     def join(self) -> None:
-        self._link.guard(lambda: self._link.compute_stream().wait_event(self._ready))
+        if not self._is_done:
+            self._link.guard(lambda: self._link.wait(self._ready))
 
     def synchronize(self) -> None:
         self._link.guard(self._ready.synchronize)
@@ -64,6 +68,7 @@ class CudaLink:
             Kind.ON_DEMAND: cuda.Stream(device, priority=URGENT_PRIORITY),
             Kind.PREFETCH: cuda.Stream(device, priority=0),
         }
+        self._waits: deque[tuple[Any, Any]] = deque()
         self._last_use: dict[Slot, Any] = {}
         self._last_copy: dict[Slot, Any] = {}
         self._rate = 0.0
@@ -84,12 +89,32 @@ class CudaLink:
         began, ready = (self._cuda.Event(enable_timing=True) for _ in range(2))
         with self._cuda.stream(stream):
             began.record(stream)
-            for start in range(0, len(source), PIECE_BYTES):
-                piece = slice(start, start + PIECE_BYTES)
+            # Nothing is more urgent than what is needed now, so that goes in one piece.
+            size = PIECE_BYTES if kind is Kind.PREFETCH else len(source)
+            for start in range(0, len(source), size):
+                piece = slice(start, start + size)
                 target[piece].copy_(source[piece], non_blocking=True)
         ready.record(stream)
         self._last_copy[slot] = ready
         return CudaCopy(self, began, ready, nbytes=len(source))
+
+    def wait(self, ready: Any) -> None:
+        """Have what is queued from now on wait for `ready`, and remember when it came to that."""
+        compute = self.compute_stream()
+        reached = self._cuda.Event(enable_timing=True)
+        reached.record(compute)
+        compute.wait_event(ready)
+        self._waits.append((reached, ready))
+
+    def stall_s(self) -> float:
+        return self.guard(self._stall_s)
+
+    def _stall_s(self) -> float:
+        stall_ms = 0.0
+        while self._waits and all(event.query() for event in self._waits[0]):
+            reached, ready = self._waits.popleft()
+            stall_ms += max(0.0, reached.elapsed_time(ready))
+        return stall_ms / 1e3
 
     def used(self, slots: Sequence[Slot]) -> None:
         if not slots:

@@ -47,13 +47,13 @@ class _Copy:
         self.key = key
         self.slot = slot
         self.kind = kind
+        self.is_ordered = False
         self.nbytes = 0
         self.engine = engine
         self.layout: ExpertLayout | None = None
         self.target = memoryview(b"")
         self.plan = ReadPlan(())
-        # Pieces that nobody reads yet, by their place in the plan.
-        self.pending: deque[range] = deque()
+        self.pending: deque[range] = deque()  # places in the plan that nobody reads yet
         self.num_left = 0
         self.num_reading = 0
         self.is_started = False
@@ -179,6 +179,9 @@ class ThreadTransfer:
 
     def used(self, slots: Sequence[Slot]) -> None:
         """Nothing: the CPU has computed by the time that it tells."""
+
+    def device_stall_s(self) -> float:
+        return 0.0
 
     def bandwidth(self) -> float:
         with self._lock:

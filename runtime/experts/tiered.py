@@ -49,6 +49,10 @@ class Link(Protocol):
         """What reads these slots is queued by now: a later copy into them waits for it."""
         ...
 
+    def stall_s(self) -> float:
+        """Seconds that compute waited for copies, of waits that are over and were not told."""
+        ...
+
     def bandwidth(self) -> float:
         """Bytes a second; 0.0 while unknown."""
         ...
@@ -73,6 +77,10 @@ class TieredCopy:
         self.is_urgent = kind is Kind.ON_DEMAND
         self.is_over = False
         self._engine = engine
+
+    @property
+    def is_ordered(self) -> bool:
+        return self.is_over or self.carried is not None
 
     def done(self) -> bool:
         self._engine.pump()
@@ -143,6 +151,9 @@ class TieredTransfer:
 
     def used(self, slots: Sequence[Slot]) -> None:
         self._link.used(slots)
+
+    def device_stall_s(self) -> float:
+        return self._link.stall_s()
 
     def bandwidth(self) -> float:
         """Of the way as it was so far: the link always, the disk for the share it had to serve."""

@@ -20,6 +20,11 @@ class Transfer(Protocol):
     nbytes: int
     kind: Kind
 
+    @property
+    def is_ordered(self) -> bool:
+        """`wait` will not block: what a device is given from then on waits for the copy itself."""
+        ...
+
     def done(self) -> bool:
         """True once nothing writes to the slot any more: complete, failed or cancelled."""
         ...
@@ -58,6 +63,13 @@ class TransferEngine(Protocol):
 
         Called before the slots may be victims. Does not block; nothing where compute is done by
         then anyway.
+        """
+        ...
+
+    def device_stall_s(self) -> float:
+        """Seconds that a device's compute waited for copies and that were not told before.
+
+        0.0 where the host waits.
         """
         ...
 

@@ -188,7 +188,7 @@ class _Pass:
         self._x, self._normed, self._attended, self._routed_sum, self._mlp_sum = (
             like.new_zeros(num_rows, hidden) for _ in range(5)
         )
-        self._host_states = queue.host_like(self._normed)
+        self._host_states = [queue.host_like(self._normed) for _ in range(2)]
         self._logits = like.new_zeros(num_rows, decoder.vocab_size)
         self._rows = torch.arange(num_rows, device=device)
         self._first = torch.zeros_like(self._rows)
@@ -253,20 +253,13 @@ class _Pass:
         return True
 
     def _run_by_layer(self, experts: Experts) -> None:
+        self._go(0, experts)
         for place, routed in enumerate(self._routed):
-            self._segments[place]()
-            states = self._normed
-            if experts.wants_states:
-                self._host_states.copy_(self._normed, non_blocking=True)
-                states = self._host_states
-            self._queue.mark()
-            # The device has something to do while the host looks.
-            self._launch_shared(place)
             self._queue.wait()
             choice = LayerChoice(
                 ids=self._host_ids[place].numpy(),
                 weights=self._host_weights[place],
-                states=states,
+                states=self._host_states[place % 2],
                 hidden_states=self._normed,
                 topk_ids=self._ids[place],
                 topk_weights=self._topk_weights[place],
@@ -275,11 +268,27 @@ class _Pass:
             def compute(place: int = place) -> None:
                 self._send(experts.slots()[place], place)
                 self._experts[place]()
+                self._go(place + 1, experts)
 
             in_waves = experts.serve_at_once(place, routed.module, choice, compute=compute)
             if in_waves is not None:
                 self._routed_sum.copy_(in_waves)
-        self._segments[-1]()
+                self._go(place + 1, experts)
+
+    def _go(self, place: int, experts: Experts) -> None:
+        """On to the choice of routed layer `place`, or to the end.
+
+        Whoever forecasts of the layer before has the device work meanwhile, and the states that the
+        host looks at are of two layers in turn.
+        """
+        self._segments[place]()
+        if place == len(self._routed):
+            return
+        if experts.wants_states:
+            self._host_states[place % 2].copy_(self._normed, non_blocking=True)
+        self._queue.mark()
+        # The device has something to do while the host looks.
+        self._launch_shared(place)
 
     def _launch_shared(self, place: int) -> None:
         shared = self._shared[place]

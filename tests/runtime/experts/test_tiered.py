@@ -97,6 +97,28 @@ def test_waiting_holds_up_compute_and_not_the_host(source: SyntheticExperts) -> 
     assert seen == [True] and copy.done()
 
 
+def test_the_time_that_compute_waited_for_a_copy_is_told_once_and_no_other(
+    source: SyntheticExperts,
+) -> None:
+    device = device_of(source)
+    copy = device.engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
+    copy.wait()
+    assert device.engine.device_stall_s() == 0.0, "nothing is over yet"
+    device.computes(0, KEYS[0], [])
+    device.cuda.run_some(1000)
+    waited = device.engine.device_stall_s()
+    assert waited > 0.0
+    assert device.engine.device_stall_s() == 0.0
+    copy = device.engine.submit(KEYS[1], 1, Kind.PREFETCH)
+    device.disk.complete_all()
+    device.engine.pump()
+    device.cuda.run_some(1000)
+    copy.wait()
+    device.computes(1, KEYS[1], [])
+    device.cuda.run_some(1000)
+    assert device.engine.device_stall_s() == 0.0, "it had arrived before"
+
+
 def test_a_copy_waits_for_the_slots_last_use(source: SyntheticExperts) -> None:
     for seed in range(30):
         device = device_of(source, seed=seed)
