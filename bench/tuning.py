@@ -1,7 +1,7 @@
 """Finds the block sizes of the Triton kernels that one CUDA card is fastest with, and keeps them.
 
-Every candidate is checked before it is timed. Written without a GPU at hand and run on none: only
-its search and its file are tested. `runtime.tuned_blocks` reads the file.
+Every candidate is checked before it is timed. It has run on no card so far: only its search and its
+file are tested. `runtime.tuned_blocks` reads the file.
 """
 
 from collections.abc import Callable, Iterator, Mapping

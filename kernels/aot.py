@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import gathered, grouped_matmul, weighted_sum
+from . import choice, decode_attention, gathered, grouped_matmul, residual_norm, weighted_sum
 from .blocks import TABLE, Blocks, load_table, table_key
 from .compiled import COMPILED, Figures, variant_name
 
@@ -27,6 +27,44 @@ ARCHITECTURES = (80, 86, 89, 90)
 SHARED_LIMITS = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}
 DECODE_KERNELS = ("gate_up", "rows", "linear")
 KERNELS = (*DECODE_KERNELS, "grouped_gate_up", "grouped_rows")
+# What a decoded token takes beside products: kernel, warps, constants at DeepSeek-MoE-16B's sizes.
+_HEADS = {"A": 16, "G": 16, "D": 128, "BLOCK_D": 128}
+_SPLITS = {"SPLITS": decode_attention.NUM_SPLITS}
+TOKEN_KERNELS: dict[str, tuple[Any, int, dict[str, Any]]] = {
+    "combine": (
+        weighted_sum._combine_kernel,
+        weighted_sum.NUM_WARPS,
+        {"TOP_K": 6, "PADDED_K": 8, "BLOCK_H": weighted_sum.BLOCK_H},
+    ),
+    "residual_norm": (
+        residual_norm._residual_norm_kernel,
+        residual_norm.NUM_WARPS,
+        {"NUM_ADDED": 2, "BLOCK_H": 2048},
+    ),
+    "place": (
+        decode_attention._place_kernel,
+        1,
+        {**_HEADS, "QUERY_NORM": 0, "KEY_NORM": 0, "BLOCK_WIDTH": 2048},
+    ),
+    "attend": (
+        decode_attention._attend_kernel,
+        decode_attention.NUM_WARPS,
+        {**_HEADS, **_SPLITS, "WINDOW": 0, "BLOCK_KEYS": decode_attention.BLOCK_KEYS},
+    ),
+    "merge": (decode_attention._merge_kernel, 1, {**_SPLITS, "D": 128, "BLOCK_D": 128}),
+    "choose": (
+        choice._choose_kernel,
+        choice.NUM_WARPS,
+        {
+            "TOP_K": 6,
+            "PADDED_K": 8,
+            "BLOCK_E": 64,
+            "RENORMALISED": True,
+            "ROUNDS_SCORES": True,
+            "ROUNDS_WEIGHTS": True,
+        },
+    ),
+}
 FORMATS = ("bf16", "fp16", "int8", "int4", "nf4", "fp32")
 
 _WEIGHT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "int8": 8, "int4": 4, "nf4": 4}
@@ -63,8 +101,8 @@ class Variant:
     @property
     def blocks(self) -> Blocks:
         """The sizes that the shipped table gives it."""
-        if self.kernel == "combine":
-            return Blocks(1, weighted_sum.BLOCK_H, num_warps=weighted_sum.NUM_WARPS)
+        if self.kernel in TOKEN_KERNELS:
+            return Blocks(1, 1, num_warps=TOKEN_KERNELS[self.kernel][1])
         op = "grouped" if self.kernel.startswith("grouped") else "gathered"
         table = load_table(TABLE)
         mine = table_key(op, self.fmt, 0, self.arch)
@@ -81,7 +119,7 @@ def variants(
         for fmt in FORMATS:
             dtype = fmt if fmt in ("fp16", "fp32") else "bf16"
             chosen += [Variant(kernel, fmt, dtype, arch) for kernel in kernels]
-        chosen.append(Variant("combine", "bf16", "bf16", arch))
+        chosen += [Variant(kernel, "bf16", "bf16", arch) for kernel in TOKEN_KERNELS]
     return chosen
 
 
@@ -123,6 +161,8 @@ def write_table(path: Path = COMPILED) -> None:
 
 
 def _source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
+    if variant.kernel in TOKEN_KERNELS:
+        return _token_source(variant)
     blocks, fmt = variant.blocks, variant.fmt
     activation, weight = f"*{variant.dtype}", _WEIGHTS.get(fmt, f"*{fmt}")
     types = {
@@ -130,12 +170,10 @@ def _source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "s_ptr": _SCALES.get(fmt, weight),
         "bias_ptr": weight,
         "levels_ptr": "*fp32",
-        "weights_ptr": "*fp32",
         "h_ptr": "*fp32",
         # The rows of `rows` are the fp32 ones between the projections.
         "x_ptr": "*fp32" if variant.kernel == "rows" else activation,
         "out_ptr": activation,
-        "outputs_ptr": activation,
     }
     sizes = {"BLOCK_M": blocks.block_m, "BLOCK_N": blocks.block_n, "BLOCK_K": blocks.block_k}
     constants: dict[str, Any] = {
@@ -148,17 +186,23 @@ def _source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
         "CONCATENATED": True,
         "stride_k": 1,
     }
-    options = blocks.options
-    if variant.kernel == "combine":
-        options = {"num_warps": blocks.num_warps, "enable_fp_fusion": False}
-        constants = {"TOP_K": 6, "PADDED_K": 8, "BLOCK_H": blocks.block_k}
     kernel = {
-        "combine": weighted_sum._combine_kernel,
         "gate_up": gathered._gate_up_kernel,
         "rows": gathered._rows_kernel,
         "linear": gathered._rows_kernel,
     }.get(variant.kernel, grouped_matmul._grouped_kernel)
-    return _ast(kernel, types, constants), options
+    return _ast(kernel, types, constants), blocks.options
+
+
+def _token_source(variant: Variant) -> tuple[ASTSource, dict[str, Any]]:
+    kernel, num_warps, constants = TOKEN_KERNELS[variant.kernel]
+    activation, indices = f"*{variant.dtype}", ("position", "length", "capacity", "address", "ids")
+    types = {name: activation for name in kernel.arg_names if name.endswith("_ptr")}
+    types |= {f"{name}_ptr": "*i64" for name in indices}
+    types |= {"weights_ptr": "*fp32", "part_ptr": "*fp32"}
+    types |= dict.fromkeys(("eps", "epsilon", "scaling"), "fp32")
+    is_fused = variant.kernel != "combine"
+    return _ast(kernel, types, constants), {"num_warps": num_warps, "enable_fp_fusion": is_fused}
 
 
 def _ast(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSource:
@@ -174,7 +218,7 @@ def _ast(kernel: Any, types: dict[str, str], constants: dict[str, Any]) -> ASTSo
     aligned = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if name not in constants
+        if name not in constants and signature[name] != "fp32"
     }
     return ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
 

@@ -2,7 +2,7 @@
 
 A step of at most `MAX_GATHERED_TOKENS` tokens gathers (decode); one of more groups (prefill). The
 step's size decides and not a call's, so that a step served in waves keeps its bits. Runs on CUDA
-tensors (which it has not so far), and on CPU tensors under TRITON_INTERPRET=1.
+tensors, and on CPU tensors under TRITON_INTERPRET=1.
 """
 
 from collections.abc import Mapping

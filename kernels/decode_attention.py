@@ -159,6 +159,9 @@ def _attend_kernel(
     kv_start = (head // (A // G)) * tl.load(capacity_ptr + row) * D
     keys = tl.load(address_ptr + row * 2).to(tl.pointer_type(kind)) + kv_start
     values = tl.load(address_ptr + row * 2 + 1).to(tl.pointer_type(kind)) + kv_start
+    if D % 16 == 0:
+        # Buffers begin at 256 bytes or more, and every head's rows at a multiple of D.
+        keys, values = tl.multiple_of(keys, 16), tl.multiple_of(values, 16)
     query = tl.load(query_ptr + (row * A + head) * D + d, mask=mask, other=0.0).to(tl.float32)
     first = num_keys * 0
     if WINDOW > 0:

@@ -3,7 +3,7 @@ implementation.
 
 Knows tokens, slots and formats; no experts' names, files or models. `impl` picks who computes:
 `reference` (plain truth, slow), `cpu` (native code, or PyTorch where none was built) or `triton`
-(CUDA tensors; has not run on a GPU so far).
+(CUDA tensors).
 """
 
 from collections.abc import Mapping

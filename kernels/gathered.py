@@ -2,8 +2,7 @@
 
 Letters: T tokens, N assignments (token, slot), S slots, H hidden, I intermediate, K inputs of a
 row. A program streams BLOCK_N weight rows for one assignment and sums in fp32; assignments share
-nothing, so a row's bits depend on its input and its expert alone. Has not run on a GPU: checked by
-the interpreter (fp16, fp32) and the compiler.
+nothing, so a row's bits depend on its input and its expert alone.
 """
 
 from functools import cache

@@ -3,7 +3,7 @@
 Letters: M sorted rows, N weight rows, K inputs; tiles of BLOCK_M rows of one slot. Products run on
 the activations' dtype with fp32 sums: int8 and int4 weights are exact in it and scaled afterwards,
 nf4 weights are rounded to it, and so is the row between the projections, which decode keeps in
-fp32. Has not run on a GPU: checked by the interpreter (fp16, fp32) and the compiler.
+fp32.
 """
 
 from typing import Any

@@ -1,7 +1,6 @@
 """Triton: the fixed-order combine of a token's experts, without atomics.
 
-Letters: T tokens, K experts a token, H hidden. Has not run on a GPU: checked by the interpreter
-(fp16, fp32) and the compiler.
+Letters: T tokens, K experts a token, H hidden.
 """
 
 from typing import Any

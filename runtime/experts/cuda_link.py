@@ -1,4 +1,4 @@
-"""Host to CUDA device: the one file of copies that has CUDA in it. Has not run on a GPU.
+"""Host to CUDA device: the one file of copies that has CUDA in it.
 
 Streams, events and nothing else: what goes when, and what stays in host memory, is `tiered`'s.
 """

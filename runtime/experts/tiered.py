@@ -22,6 +22,11 @@ MAX_AHEAD = 2
 copies at the most; two keep the link busy from one look of the engine to the next."""
 
 
+MEMORY = 1 / 64
+"""Weight of the newest copy in the share that has to be read from disk: it falls as the host cache
+fills, and how fast copies are goes by it."""
+
+
 class LinkCopy(Protocol):
     """A block on its way over the link."""
 
@@ -117,6 +122,7 @@ class TieredTransfer:
         self._is_closed = False
         self.num_from_host = 0
         self.num_from_disk = 0
+        self._disk_share = 0.0
 
     @property
     def degraded(self) -> bool:
@@ -156,14 +162,13 @@ class TieredTransfer:
         return self._link.stall_s()
 
     def bandwidth(self) -> float:
-        """Of the way as it was so far: the link always, the disk for the share it had to serve."""
+        """Of the way as it was of late: the link always, the disk for the share it had to serve."""
         link, disk = self._link.bandwidth(), self.disk.bandwidth()
         if not link or (self.num_from_disk and not disk):
             return 0.0
-        total = max(1, self.num_from_host + self.num_from_disk)
         slowness = 1.0 / link
         if self.num_from_disk:
-            slowness += self.num_from_disk / (total * disk)
+            slowness += self._disk_share / disk
         return 1.0 / slowness
 
     def outstanding_bytes(self) -> int:
@@ -237,6 +242,7 @@ class TieredTransfer:
         if host_slot is None:
             return
         self.num_from_disk += 1
+        self._disk_share += (1.0 - self._disk_share) * MEMORY
         self._waiting.remove(copy)
         try:
             kind = Kind.ON_DEMAND if copy.is_urgent else Kind.PREFETCH
@@ -251,7 +257,9 @@ class TieredTransfer:
         num_ahead = sum(not one.is_urgent for one in self._carried)
         if not copy.is_urgent and num_ahead >= MAX_AHEAD:
             return
-        self.num_from_host += copy.reading is None
+        if copy.reading is None:
+            self.num_from_host += 1
+            self._disk_share -= self._disk_share * MEMORY
         self.host.record_use(copy.key)
         copy.lease = self.host.pin([copy.key])
         self._waiting.remove(copy)
