@@ -34,8 +34,8 @@ def linear(
     """hidden_states [..., K] times the matrix [N, K] in `parts` -> [..., N], in the input's dtype.
 
     `parts` as `quantization.quantize` gives them. `impl` "reference" widens everything at once;
-    "cpu" holds 16 MiB of widened weights at most and blocks until computed; "triton" queues on CUDA.
-    Raises ValueError for another `impl`.
+    "cpu" holds 16 MiB of widened weights at most and blocks until computed; "triton" queues on
+    CUDA. Raises ValueError for another `impl`.
     """
     rows = hidden_states.reshape(-1, hidden_states.shape[-1])  # [T, K]
     shape = (_num_rows(parts, fmt, rows.shape[1]), rows.shape[1])

@@ -229,6 +229,10 @@ class TieredTransfer:
             self._fail(copy, TransferError(f"expert {copy.key}: the copy was cancelled"))
         return True
 
+    def _remember_way(self, *, is_from_disk: bool) -> None:
+        weight = max(MEMORY, 1.0 / (self.num_from_host + self.num_from_disk))
+        self._disk_share += (is_from_disk - self._disk_share) * weight
+
     def _num_urgent(self) -> int:
         return sum(one.is_urgent for one in self._waiting)
 
@@ -242,7 +246,7 @@ class TieredTransfer:
         if host_slot is None:
             return
         self.num_from_disk += 1
-        self._disk_share += (1.0 - self._disk_share) * MEMORY
+        self._remember_way(is_from_disk=True)
         self._waiting.remove(copy)
         try:
             kind = Kind.ON_DEMAND if copy.is_urgent else Kind.PREFETCH
@@ -259,7 +263,7 @@ class TieredTransfer:
             return
         if copy.reading is None:
             self.num_from_host += 1
-            self._disk_share -= self._disk_share * MEMORY
+            self._remember_way(is_from_disk=False)
         self.host.record_use(copy.key)
         copy.lease = self.host.pin([copy.key])
         self._waiting.remove(copy)

@@ -77,6 +77,22 @@ def test_what_the_host_has_is_not_read_from_disk_again(source: SyntheticExperts)
     assert source.is_held(KEYS[0], device.arena, 2)
 
 
+def test_bandwidth_is_that_of_the_way_of_late(source: SyntheticExperts) -> None:
+    device = device_of(source)
+    device.engine.submit(KEYS[0], 0, Kind.ON_DEMAND).wait()
+    device.cuda.run_some(1000)
+    device.engine.pump()
+    link, disk = device.engine._link.bandwidth(), device.disk.bandwidth()
+    assert link > 0.0
+    assert device.engine.bandwidth() == pytest.approx(1.0 / (1.0 / link + 1.0 / disk))
+    for _ in range(500):
+        device.engine.submit(KEYS[0], 1, Kind.ON_DEMAND).wait()
+        device.cuda.run_some(1000)
+        device.engine.pump()
+    link = device.engine._link.bandwidth()
+    assert device.engine.bandwidth() == pytest.approx(link, rel=0.01)
+
+
 def test_the_host_keeps_what_the_device_asks_for_most(source: SyntheticExperts) -> None:
     device = device_of(source, host_slots=3)
     for key in (KEYS[0], KEYS[1], KEYS[0], KEYS[0], KEYS[2], KEYS[3], KEYS[0]):
