@@ -1,7 +1,7 @@
-"""The one thing pyproject.toml cannot say: native kernels and reads, where there is a C compiler.
+"""The one thing pyproject.toml cannot say: native code, where there is a C compiler.
 
 The extensions are plain shared libraries without Python's headers, loaded with ctypes; where they
-cannot be built, installation goes on: the kernels run in PyTorch, files are read by Python.
+cannot be built, installation goes on: PyTorch computes, Python reads files, numpy sums.
 """
 
 import sys
@@ -30,5 +30,14 @@ pieces = Extension(
     optional=True,
 )
 
-by_platform = {"win32": [], "linux": [native, pieces]}
-setup(ext_modules=by_platform.get(sys.platform, [native]))
+decisions = Extension(
+    "outrider.runtime.experts._decisions",
+    sources=["runtime/experts/csrc/decisions.c"],
+    # As numpy rounds, which does the same where this was not built.
+    extra_compile_args=["-std=gnu11", "-O2", "-ffp-contract=off", "-g0"],
+    libraries=["m"],
+    optional=True,
+)
+
+by_platform = {"win32": [], "linux": [native, pieces, decisions]}
+setup(ext_modules=by_platform.get(sys.platform, [native, decisions]))

@@ -16,6 +16,9 @@ from ...predictors.base import Forecast
 from .eviction import Evictable, EvictionPolicy
 
 Slot = int
+ABSENT, ARRIVING = -1, -2
+"""In a table of slots: the expert holds none, or one that is being written."""
+
 _RELEASED = "the lease was released; pin the experts anew"
 
 
@@ -141,13 +144,13 @@ class ExpertCache:
         self._table: np.ndarray | None = None
 
     def table(self, num_layers: int, num_experts: int) -> np.ndarray:
-        """Slots of READY experts [layers, experts] int64, -1 for others: kept up to date, not to be
-        written to.
+        """Slots of READY experts [layers, experts] int64, ARRIVING for LOADING ones, else ABSENT:
+        kept up to date, not to be written to.
         """
         if self._table is None:
-            self._table = np.full((num_layers, num_experts), -1, np.int64)
-            for key, slot in self.resident().items():
-                self._table[key] = slot
+            self._table = np.full((num_layers, num_experts), ABSENT, np.int64)
+            for key, entry in self._entries.items():
+                self._table[key] = entry.slot if entry.state is _READY else ARRIVING
         return self._table
 
     @property
@@ -179,11 +182,6 @@ class ExpertCache:
         """LOADING or READY; None if the expert holds no slot."""
         entry = self._entries.get(key)
         return None if entry is None else entry.state
-
-    def absent(self, keys: Iterable[ExpertKey]) -> list[bool]:
-        """Of each key whether it holds no slot."""
-        entries = self._entries
-        return [key not in entries for key in keys]
 
     def slot_of(self, key: ExpertKey) -> Slot | None:
         """The slot an expert holds, be it LOADING or READY; not a permission to read it."""
@@ -247,6 +245,8 @@ class ExpertCache:
         entry = _Entry(key, slot, _LOADING, is_prefetch, is_prefetch)
         self._entries[key] = entry
         self._slots[slot] = entry
+        if self._table is not None:
+            self._table[key] = ARRIVING
         self._eviction.admit(key)
         self._num_loading += 1
         self._num_ahead += is_prefetch
@@ -327,12 +327,15 @@ class ExpertCache:
                 entry.num_pins >= 0 and (entry.num_pins == 0 or entry.state is _READY)
                 for entry in held
             ),
-            "the table has the READY ones": self._table is None
+            "the table has who holds a slot": self._table is None
             or {
                 key: int(self._table[key])
-                for key in map(ExpertKey._make, np.argwhere(self._table >= 0).tolist())
+                for key in map(ExpertKey._make, np.argwhere(self._table != ABSENT).tolist())
             }
-            == self.resident(),
+            == {
+                key: entry.slot if entry.state is _READY else ARRIVING
+                for key, entry in self._entries.items()
+            },
             "each prefetch ends once": counters.prefetch_issued == ended + unused,
         }
         broken = [claim for claim, holds in claims.items() if not holds]
@@ -392,5 +395,5 @@ class ExpertCache:
         del self._entries[entry.key]
         self._slots[entry.slot] = None
         if self._table is not None:
-            self._table[entry.key] = -1
+            self._table[entry.key] = ABSENT
         self._eviction.discard(entry.key)

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
+from .decisions import Decisions
 from .eviction import Evictable, LookBack
 from .partition import LayerUcpEviction
 
@@ -100,11 +101,12 @@ class ForecastEviction(LayerUcpEviction):
         self._discount = discount
         self._uses = UseRates(shape, discount=discount)
         self._keys = [ExpertKey(*pair) for pair in np.ndindex(layers, experts)]
-        # Of a step: probabilities [layers, experts], and which rows are forecast.
-        self._tables: dict[int, tuple[np.ndarray, list[bool]]] = {}
-        self._blank = np.zeros((layers, experts), np.float32), [False] * layers
+        self._native = Decisions.of(layers, experts)
+        self._tables: dict[int, _Forecasts] = {}
+        self._blank = _Forecasts(layers, experts)
         self._step, self._layer_idx = 0, -1
         self._is_member = np.zeros((layers, experts), dtype=bool)
+        self._members_address = self._is_member.ctypes.data
         self._late: set[ExpertKey] = set()
         self._shortlist: deque[ExpertKey] = deque()
         self._worths: np.ndarray | None = None
@@ -135,12 +137,11 @@ class ForecastEviction(LayerUcpEviction):
         if forecast.step < self._step:
             return
         start, end = forecast.layer_from, forecast.layer_to
-        if forecast.step not in self._tables:
-            table, is_known = self._blank
-            self._tables[forecast.step] = table.copy(), is_known.copy()
-        table, is_known = self._tables[forecast.step]
-        table[start:end] = forecast.probability
-        is_known[start:end] = [True] * (end - start)
+        held = self._tables.get(forecast.step)
+        if held is None:
+            held = self._tables[forecast.step] = _Forecasts(*self._is_member.shape)
+        held.table[start:end] = forecast.probability
+        held.is_known[start:end] = True
         self._worths = None
 
     def advance(self, step: int, layer_idx: int) -> None:
@@ -187,7 +188,7 @@ class ForecastEviction(LayerUcpEviction):
     def _spared_victim(self, incoming: ExpertKey, evictable: Evictable) -> ExpertKey | None:
         if self._step not in self._tables:
             return super().victim(incoming, evictable)
-        table, _ = self._tables[self._step]
+        table = self._tables[self._step].table
         split = self._layer_idx
 
         def goes(key: ExpertKey) -> bool:
@@ -198,44 +199,55 @@ class ForecastEviction(LayerUcpEviction):
 
     def _is_foreseen(self) -> bool:
         split = self._layer_idx + 1
-        _, is_known = self._tables.get(self._step, self._blank)
-        _, is_known_after = self._tables.get(self._step + 1, self._blank)
-        return all(is_known[split:]) and all(is_known_after[:split])
+        now = self._tables.get(self._step, self._blank)
+        after = self._tables.get(self._step + 1, self._blank)
+        return bool(now.is_known[split:].all() and after.is_known[:split].all())
 
     def _least(self, worths: np.ndarray, count: int) -> list[ExpertKey]:
         """The `count` members of least worth, ascending."""
-        members = np.flatnonzero(self._is_member)
-        values = worths.reshape(-1)[members]
-        if count < len(members):
-            least = np.argpartition(values, count)[:count]
-            members, values = members[least], values[least]
+        if self._native is not None:
+            cells = self._native.least(worths, self._members_address, count)
+        else:
+            members = np.flatnonzero(self._is_member)
+            values = worths.reshape(-1)[members]
+            cells = members[values.argsort(kind="stable")[:count]].tolist()
         keys = self._keys
-        return [keys[one] for one in members[values.argsort(kind="stable")].tolist()]
+        return [keys[one] for one in cells]
 
     def _compute(self) -> np.ndarray:
         split = self._layer_idx + 1
         rates, beyond = self._uses.read()
+        steps = [self._tables.get(self._step + later, self._blank) for later in range(3)]
+        if self._native is not None:
+            return self._native.worths(
+                [one.addresses for one in steps],
+                (rates, beyond),
+                nearness=self._nearness[split],
+                split=split,
+                discount=self._discount,
+            )
+        now, after, last = steps
         # Layers up to this one come round in the next step; all of these rows are forecast.
-        now, after = (self._tables.get(step, self._blank) for step in (self._step, self._step + 1))
-        first = np.concatenate((after[0][:split], now[0][split:]), dtype=np.float64)
+        first = np.concatenate((after.table[:split], now.table[split:]), dtype=np.float64)
         # Rows of the step after that are forecast or not.
-        second = rates.copy()
-        for (table, is_known), rows in (
-            (self._tables.get(self._step + 2, self._blank), range(split)),
-            (after, range(split, len(second))),
-        ):
-            if all(is_known):
-                second[rows.start : rows.stop] = table[rows.start : rows.stop]
-            else:
-                for row in rows:
-                    if is_known[row]:
-                        second[row] = table[row]
+        is_known = np.concatenate((last.is_known[:split], after.is_known[split:]))[:, None]
+        later = np.concatenate((last.table[:split], after.table[split:]), dtype=np.float64)
+        second = np.where(is_known, later, rates)
         worth = second + (1.0 - second) * beyond
         worth *= self._discount
         worth *= 1.0 - first
         worth += first
         worth *= self._nearness[split]
         return worth
+
+
+class _Forecasts:
+    """Of a step: probabilities [layers, experts], which layers are known, and where both lie."""
+
+    def __init__(self, num_layers: int, num_experts: int) -> None:
+        self.table = np.zeros((num_layers, num_experts), np.float32)
+        self.is_known = np.zeros(num_layers, dtype=bool)
+        self.addresses = self.table.ctypes.data, self.is_known.ctypes.data
 
 
 class BeladyEviction(LookBack):

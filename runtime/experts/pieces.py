@@ -4,16 +4,13 @@ Knows file ranges and places in a slot; opens no file and decides nothing.
 """
 
 import ctypes
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+from .compiled import compiled
 from .layout import BLOCK_ALIGN, Extent
-
-logger = logging.getLogger(__name__)
 
 Halt = ctypes.c_int32
 """Not 0: whoever reads a run of pieces stops before the next one. Set by any thread."""
@@ -120,17 +117,10 @@ class NativePieces:
 @cache
 def native_call() -> Callable[..., int] | None:
     """The native call, or None where installation built none: pieces are then read one by one."""
-    for suffix in EXTENSION_SUFFIXES:
-        path = Path(__file__).with_name(f"_pieces{suffix}")
-        if path.exists():
-            break
-    else:
+    library = compiled("_pieces")
+    if library is None:
         return None
-    try:
-        call = ctypes.CDLL(str(path)).outrider_read_pieces
-    except (OSError, AttributeError) as error:
-        logger.warning("%s cannot be used, reads are slower: %s", path.name, error)
-        return None
+    call = library.outrider_read_pieces
     pointer = ctypes.c_void_p
     call.argtypes = [pointer, ctypes.c_int64, pointer, pointer, pointer]
     call.restype = ctypes.c_int64

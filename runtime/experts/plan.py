@@ -3,73 +3,98 @@
 Numbers and keys only; decides neither when nor whether.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
+from .cache import ABSENT
+from .decisions import Decisions
 
 
-class Cells:
-    """All experts of a model in one row, layer after layer."""
-
-    def __init__(self, shape: ModelShape) -> None:
-        self.num_layers, self.num_experts = shape.num_moe_layers, shape.num_experts
-        self.keys = [
-            ExpertKey(*pair) for pair in np.ndindex(shape.num_moe_layers, shape.num_experts)
-        ]
-
-
-class Plan:
-    """Candidates, this token's before the next one's and the likelier (by tenths) and sooner first.
-
-    `steps`, `moments`, `chances` are arrays, `keys` a list, all in that order. `is_open` is False
-    for those that were issued or are no longer to be.
+class Candidate(NamedTuple):
+    """A read that would pay if none of the others were made. `lead` is the number of reads that
+    there is time for until it is needed, behind those that are queued.
     """
 
-    def __init__(
+    key: ExpertKey
+    step: int
+    lead: float
+    chance: float
+
+
+class Planner:
+    """Reads for one model's experts. `slots` is their cache's table, kept up to date by that."""
+
+    def __init__(self, shape: ModelShape, slots: np.ndarray) -> None:
+        self._shape = shape
+        self._keys = [
+            ExpertKey(*pair) for pair in np.ndindex(shape.num_moe_layers, shape.num_experts)
+        ]
+        self._slots, self._slots_address = slots, slots.ctypes.data
+        self._native = Decisions.of(shape.num_moe_layers, shape.num_experts)
+
+    def due(
         self,
         tables: Mapping[int, np.ndarray],
         *,
-        cells: Cells,
         position: int,
-        least: float,
-        absent: Callable[[Sequence[ExpertKey]], list[bool]],
-    ) -> None:
-        """Of `tables` by step what has a chance of `least` after the moment `position` and is
-        absent.
-        """
-        num_layers, num_experts = cells.num_layers, cells.num_experts
-        found, chances, steps = [], [], []
-        for step, table in tables.items():
-            start = max(0, position + 1 - step * num_layers) * num_experts
-            row = table.reshape(-1)[start:]
-            likely = np.flatnonzero(row >= least)
-            chances.append(row[likely])
-            likely += start
-            found.append(likely)
-            steps.append(np.full(len(likely), step))
-        cell, chance, step = (np.concatenate(one or [[]]) for one in (found, chances, steps))
-        keys = [cells.keys[one] for one in cell.tolist()]
-        open_cells = np.flatnonzero(absent(keys))
-        cell, chance, step = cell[open_cells], chance[open_cells], step[open_cells]
-        moment = step * num_layers + cell // num_experts
-        order = np.lexsort((chance, moment, -chance.round(1), step))
-        self.steps, self.moments = step[order], moment[order]
-        self.chances = chance[order].astype(np.float64)
-        self.keys = [keys[one] for one in open_cells[order].tolist()]
-        self.is_open = np.ones(len(order), dtype=bool)
+        last: int,
+        reads_a_moment: float,
+        queued: float,
+        price: float,
+    ) -> list[Candidate]:
+        """What is absent, of `tables` by step, for moments after `position` up to `last`, if half
+        of it would be there in time and it pays at that price.
 
-    def due(
-        self, *, position: int, last: int, reads_a_moment: float, queued: float, price: float
-    ) -> list[tuple[int, float]]:
-        """Which would pay at that price if none of the others were read: open, up to the moment
-        `last`, at least half there in time. Each with the reads that there is time for until then,
-        behind those `queued`.
+        This token's before the next one's, the likelier (by tenths) and sooner first.
         """
-        leads = (self.moments - position) * reads_a_moment - queued
-        share = np.minimum(leads, 1.0)
-        is_due = self.is_open & (self.moments > position) & (self.moments <= last)
-        is_due &= (share >= 0.5) & (self.chances * share > (1.0 - self.chances) * price)
-        indices = np.flatnonzero(is_due)
-        return list(zip(indices.tolist(), leads[indices].tolist(), strict=True))
+        num_layers, found = self._shape.num_moe_layers, []
+        for step in sorted(tables):
+            # Of the moments the first that counts, and the one behind the last.
+            first = max(0, position + 1 - step * num_layers)
+            end = min(num_layers, last + 1 - step * num_layers)
+            if first >= end:
+                continue
+            call = self._due_by_numpy if self._native is None else self._due_natively
+            due = call(
+                tables[step],
+                layers=(first, end),
+                ahead=step * num_layers - position - 1,
+                reads_a_moment=reads_a_moment,
+                queued=queued,
+                price=price,
+            )
+            found += [Candidate(self._keys[cell], step, lead, chance) for cell, lead, chance in due]
+        return found
+
+    def _due_natively(
+        self, table: np.ndarray, **moment: int | float | tuple[int, int]
+    ) -> list[tuple[int, float, float]]:
+        assert self._native is not None
+        return self._native.due(table.ctypes.data, self._slots_address, **moment)  # type: ignore[arg-type]
+
+    def _due_by_numpy(
+        self,
+        table: np.ndarray,
+        *,
+        layers: tuple[int, int],
+        ahead: int,
+        reads_a_moment: float,
+        queued: float,
+        price: float,
+    ) -> list[tuple[int, float, float]]:
+        num_experts = self._shape.num_experts
+        leads = np.arange(layers[0] + 1 + ahead, layers[1] + 1 + ahead) * reads_a_moment - queued
+        lead = leads.repeat(num_experts)
+        share = np.minimum(lead, 1.0)
+        start, end = layers[0] * num_experts, layers[1] * num_experts
+        tenths = np.rint(table.reshape(-1)[start:end] * np.float32(10.0))
+        chance = table.reshape(-1)[start:end].astype(np.float64)
+        is_due = (share >= 0.5) & (chance * share > (1.0 - chance) * price)
+        cells = np.flatnonzero(is_due & (self._slots.reshape(-1)[start:end] == ABSENT))
+        order = cells[np.lexsort((chance[cells], lead[cells], -tenths[cells]))]
+        return list(
+            zip((order + start).tolist(), lead[order].tolist(), chance[order].tolist(), strict=True)
+        )

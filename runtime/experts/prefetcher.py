@@ -14,7 +14,7 @@ from ...predictors.base import Forecast
 from ..errors import TransferError, UsageError
 from .cache import ExpertCache, Kind
 from .controller import GainController
-from .plan import Plan
+from .plan import Planner
 from .price import ReadPrice
 from .transfer import Transfer, TransferEngine
 from .wanted import Wanted
@@ -77,7 +77,7 @@ class Prefetcher:
         self._is_decode = True
         self._step = 0
         self._wanted = Wanted(shape, self._price)
-        self._plan: Plan | None = None
+        self._planner = Planner(shape, cache.table(shape.num_moe_layers, shape.num_experts))
         # Of a step: the layer at which its newest forecast was made, and the first it leaves out.
         self._told: dict[int, tuple[int, int]] = {}
         self._for_next: set[ExpertKey] = set()
@@ -142,8 +142,7 @@ class Prefetcher:
         self._told[forecast.step] = forecast.layer_from - 1, forecast.layer_to
         if not self._max_reach:
             return
-        if self._wanted.take(forecast):
-            self._plan = None
+        self._wanted.take(forecast)
 
     def is_due(self, step: int, layer_idx: int, *, is_free: bool) -> bool:
         """A forecast in the pass would serve here: the newest is FRESH_LAYERS old or says nothing
@@ -264,7 +263,6 @@ class Prefetcher:
         """A new sequence: its steps count from 0 again, so no forecast before it holds."""
         self._wanted.clear()
         self._told.clear()
-        self._plan = None
         self._step = 0
         self._advanced_at = None
         self._cache.advance(0, -1)
@@ -319,40 +317,27 @@ class Prefetcher:
         if self._issued_bytes + self._nbytes > budget:
             return
         position = self._wanted.position
-        plan = self._plan
-        if plan is None:
-            plan = self._plan = Plan(
-                self._wanted.tables,
-                cells=self._wanted.cells,
-                position=position,
-                least=self._price.least_probability,
-                absent=self._cache.absent,
-            )
-        reads_a_moment = self._layer_s * bandwidth / self._nbytes if bandwidth else UNKNOWN_READS
-        due = plan.due(
+        due = self._planner.due(
+            self._wanted.tables,
             position=position,
             last=position + self.reach,
-            reads_a_moment=reads_a_moment,
+            reads_a_moment=self._layer_s * bandwidth / self._nbytes if bandwidth else UNKNOWN_READS,
             queued=self._transfers.outstanding_bytes() / self._nbytes,
             price=self._price.price,
         )
         num_issued = 0
-        for index, lead in due:
+        for key, step, lead, chance in due:
             if self._issued_bytes + self._nbytes > budget:
                 return
-            key = plan.keys[index]
             if self._cache.state(key) is not None:
-                plan.is_open[index] = False
-                continue
+                continue  # issued just now, for an earlier step
             done = min(lead - num_issued, 1.0)
-            if done < 0.5 or not self._pays(key, float(plan.chances[index]), done):
+            if done < 0.5 or not self._pays(key, chance, done):
                 continue
             if not self._start(key):
                 return
-            plan.is_open[index] = False
             num_issued += 1
-            is_for_next = plan.steps[index] > self._step
-            (self._for_next.add if is_for_next else self._for_next.discard)(key)
+            (self._for_next.add if step > self._step else self._for_next.discard)(key)
 
     def _pays(self, key: ExpertKey, probability: float, done: float) -> bool:
         cost = self._price.price + self._cache.victim_worth(key)

@@ -9,12 +9,11 @@ import numpy as np
 
 from ...collect.schema import ExpertKey, ModelShape
 from ...predictors.base import Forecast
-from .plan import Cells
 from .price import ReadPrice
 
 
 class Wanted(Collection[ExpertKey]):
-    """Keys whose next use is forecast as likely enough to be read ahead, gathered when asked.
+    """Keys whose next use is forecast as likely enough to be read ahead, looked up when asked.
 
     `tables` holds the newest forecasts by step, [num_moe_layers, num_experts], 0 where there is
     none; `position` is the moment at which execution stands, one moment per MoE layer and step.
@@ -23,13 +22,8 @@ class Wanted(Collection[ExpertKey]):
     def __init__(self, shape: ModelShape, price: ReadPrice) -> None:
         self.tables: dict[int, np.ndarray] = {}
         self.position = -1
-        self.cells = Cells(shape)
         self._shape = shape
         self._price = price
-        # Of each cell the last moment at which it is expected, while forecasts and price stay.
-        self._last: list[int] | None = None
-        self._priced = 0.0
-        self._layers = np.arange(shape.num_moe_layers)[:, None]
 
     def take(self, forecast: Forecast) -> bool:
         """Take the newest forecast for its layers and step; False if its moments have passed."""
@@ -41,12 +35,11 @@ class Wanted(Collection[ExpertKey]):
             size = (num_layers, self._shape.num_experts)
             table = self.tables[step] = np.zeros(size, np.float32)
         table[forecast.layer_from : forecast.layer_to] = forecast.probability
-        self._last = None
         return True
 
     def forget_before(self, step: int) -> None:
         """Forecasts for steps that have passed are let go."""
-        # Their moments lie before `position`, so that nothing gathered is wanted the less.
+        # Their moments lie before `position`, so that nothing is wanted the less.
         for gone in [one for one in self.tables if one < step]:
             del self.tables[gone]
 
@@ -54,17 +47,20 @@ class Wanted(Collection[ExpertKey]):
         """Nothing is forecast, and execution stands before everything."""
         self.tables.clear()
         self.position = -1
-        self._last = None
 
     def __contains__(self, key: object) -> bool:
-        last = self._last
-        if last is None or self._price.price != self._priced:
-            last = self._gather()
         layer_idx, expert_idx = key  # type: ignore[misc]
-        return last[layer_idx * self._shape.num_experts + expert_idx] > self.position
+        least, num_layers = self._price.least_probability, self._shape.num_moe_layers
+        for step, table in self.tables.items():
+            is_ahead = step * num_layers + layer_idx > self.position
+            if is_ahead and table[layer_idx, expert_idx] >= least:
+                return True
+        return False
 
     def __iter__(self) -> Iterator[ExpertKey]:
-        return filter(self.__contains__, self.cells.keys)
+        num_layers, num_experts = self._shape.num_moe_layers, self._shape.num_experts
+        every = (ExpertKey(*pair) for pair in np.ndindex(num_layers, num_experts))
+        return filter(self.__contains__, every)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -72,12 +68,3 @@ class Wanted(Collection[ExpertKey]):
     def __bool__(self) -> bool:
         # Asked at each failed reserve, where counting would look at every expert of the model.
         return bool(self.tables)
-
-    def _gather(self) -> list[int]:
-        least, num_layers = self._price.least_probability, self._shape.num_moe_layers
-        last = np.full((num_layers, self._shape.num_experts), -1)
-        for step in sorted(self.tables):
-            moments = step * num_layers + self._layers
-            np.copyto(last, moments, where=self.tables[step] >= least)
-        self._last, self._priced = last.reshape(-1).tolist(), self._price.price
-        return self._last

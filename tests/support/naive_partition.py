@@ -1,7 +1,8 @@
 """Quotas of `layer-ucp` by their definition, from the history of uses, without its structures."""
 
+import math
 from collections import defaultdict
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.runtime.experts.eviction import HALF_LIFE_TOKENS
@@ -33,6 +34,8 @@ class NaivePartition:
         self.before: dict[ExpertKey, float] = {}
         self.ranks: list[int | None] = []
         self.num_passes = 0
+        # A comparison was so close that rounding decides it; what follows may differ.
+        self.is_close = False
 
     def use(self, key: ExpertKey) -> None:
         if key.layer_idx != self.layer_idx:
@@ -89,6 +92,9 @@ class NaivePartition:
         gain = [self.uses(one, quotas[one], quotas[one] + window) for one in layers]
         loss = [self.uses(one, quotas[one] - window, quotas[one]) for one in layers]
         is_starved = [quotas[one] < self.fewest(one) for one in layers]
+        self.is_close |= any(
+            _is_close(*pair) for uses in (gain, loss) for pair in combinations(uses, 2)
+        )
         takers = sorted(
             (one for one in layers if quotas[one] < self.shape.num_experts),
             key=lambda one: (not is_starved[one], 0.0 if is_starved[one] else -gain[one], one),
@@ -101,6 +107,7 @@ class NaivePartition:
         for taker, giver in zip(takers, givers, strict=False):
             lead = gain[taker] - loss[giver]
             noise = DEVIATIONS * ((gain[taker] + loss[giver]) / 2.0) ** 0.5
+            self.is_close |= _is_close(lead, noise)
             if taker == giver or taker in moved or giver in moved:
                 break
             if not is_starved[taker] and lead <= noise:
@@ -108,3 +115,7 @@ class NaivePartition:
             quotas[taker] += 1
             quotas[giver] -= 1
             moved += [taker, giver]
+
+
+def _is_close(left: float, right: float) -> bool:
+    return left != 0.0 and math.isclose(left, right, rel_tol=1e-9)

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections import defaultdict
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from outrider.collect.schema import ExpertKey, ModelShape
 from outrider.predictors.base import Forecast
 from outrider.runtime.experts.cache import ExpertCache, Kind
+from outrider.runtime.experts.decisions import Decisions
 from outrider.runtime.experts.eviction import make_eviction
 from outrider.runtime.experts.foresight import (
     DISCOUNT,
@@ -22,6 +24,17 @@ from outrider.runtime.experts.foresight import (
 
 SHAPE = ModelShape(3, 5, 2, 8, 8, "")
 KEYS = [ExpertKey(layer_idx, expert_idx) for layer_idx in range(3) for expert_idx in range(5)]
+
+
+@pytest.fixture(autouse=True, scope="module", params=["native", "numpy"])
+def summed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """All of this file with the native sums, and with numpy's."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "numpy":
+            patch.setattr(Decisions, "of", lambda *_: None)
+        elif Decisions.of(1, 1) is None:
+            pytest.skip("the native library is not built")
+        yield
 
 
 def table(seed: int, rows: int = 3) -> np.ndarray:
