@@ -8,11 +8,12 @@ included. Knows neither forecasts nor experts.
 import math
 from collections import deque
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from enum import Enum
 from statistics import fmean, median, stdev
 from typing import NamedTuple
 
-from .outlook import MIN_GAIN, Outlook, Verdict, Window
+from .outlook import ENOUGH_ABSENT, MIN_GAIN, Outlook, Verdict, Window
 
 FIRST_STEPS = 4
 """Steps before anything is asked: what a cold cache takes says little."""
@@ -20,6 +21,9 @@ FIRST_STEPS = 4
 ASKED_STEPS = 2
 """Steps that ask and read nothing ahead; the last is counted, in the first the predictor sees what
 it missed."""
+
+MORE_STEPS = 6
+"""Steps that ask in addition, where too few experts were absent to tell."""
 
 ON_STEPS, OFF_STEPS = 6, 4
 """Length of a trial's window. Its first steps are not counted: of one with look-ahead two, in which
@@ -156,10 +160,9 @@ class GainController:
 
     def _window(self) -> Window:
         wall_s, stall_s, forecast_s = (median(values) for values in zip(*self._steps, strict=True))
-        coverage = self._num_foreseen / self._num_absent if self._num_absent else None
         logs = [math.log(max(step[0], 1e-9)) for step in self._steps]
         error = MEDIAN_ERROR * stdev(logs) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-        return Window(wall_s, stall_s, forecast_s, coverage, error)
+        return Window(wall_s, stall_s, forecast_s, self._num_absent, self._num_foreseen, error)
 
     def _begin(self, stretch: Stretch) -> None:
         self._num_left, self.reach, self.is_asking = stretch
@@ -171,9 +174,7 @@ class GainController:
         rest = yield Stretch(FIRST_STEPS)
         pause, reach = FIRST_PAUSE, self._max_reach
         while True:
-            asked = yield Stretch(ASKED_STEPS, is_asking=True)
-            self._outlook.see(asked)
-            self._credit_s -= ASKED_STEPS * asked.forecast_s
+            self._outlook.see((yield from self._ask(rest)))
             verdict = self._outlook.verdict(rest)
             num_rested = 0
             while not self._may_try(verdict, rest) and num_rested < pause:
@@ -196,6 +197,19 @@ class GainController:
                 rest = yield from self._rest(pause)
             self._outlook.forget()
             pause = min(2 * pause, MAX_PAUSE)
+
+    def _ask(self, rest: Window) -> Rest:
+        asked = yield Stretch(ASKED_STEPS, is_asking=True)
+        self._credit_s -= ASKED_STEPS * asked.forecast_s
+        if asked.num_absent < ENOUGH_ABSENT and self._outlook.has_stall(rest):
+            more = yield Stretch(MORE_STEPS, is_asking=True)
+            self._credit_s -= MORE_STEPS * more.forecast_s
+            asked = replace(
+                more,
+                num_absent=asked.num_absent + more.num_absent,
+                num_foreseen=asked.num_foreseen + more.num_foreseen,
+            )
+        return asked
 
     def _rest(self, steps: int) -> Rest:
         rest = yield Stretch(steps)

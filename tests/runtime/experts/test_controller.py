@@ -31,12 +31,14 @@ class Course:
         noise: float = 0.0,
         forecast_s: float = 0.02,
         coverage: float = 0.8,
+        absent: int = 10,
     ) -> None:
         self.controller = GainController(max_reach)
         self.random = random.Random(seed)
         self.noise = noise
         self.forecast_s = forecast_s
-        self.coverage = coverage
+        self.coverage, self.absent = coverage, absent
+        self.chance = random.Random(seed)
         self.reaches: list[int] = []
         self.asked = 0
         self.wall_s = 0.0
@@ -62,9 +64,14 @@ class Course:
             wall_s=wall_s * factor,
             stall_s=stall_s * factor,
             forecast_s=self.forecast_s if is_asking else 0.0,
-            num_absent=10,
-            num_foreseen=round(10 * self.coverage),
+            num_absent=self.absent,
+            num_foreseen=self._foreseen(),
         )
+
+    def _foreseen(self) -> int:
+        if self.absent == 10:
+            return round(10 * self.coverage)
+        return sum(self.chance.random() < self.coverage for _ in range(self.absent))
 
 
 def test_look_ahead_that_pays_runs_nearly_always() -> None:
@@ -154,6 +161,20 @@ def test_trials_in_doubt_keep_their_share_of_the_time(on_s: float) -> None:
         # One window may turn out dearer than it was taken to be.
         assert lost < REGRET + ON_STEPS * (on_s - 1.0) / len(course.reaches) + 0.01
     assert any(course.reaches)
+
+
+@pytest.mark.parametrize(("absent", "least"), [(1, 0.8), (2, 0.9), (4, 0.9)])
+def test_few_absent_experts_are_no_evidence_that_none_is_foreseen(
+    absent: int, least: float
+) -> None:
+    """At budgets where a token lacks one or two, the step that was asked may foresee none."""
+    shares = []
+    for seed in range(40):
+        course = Course(seed=seed, coverage=0.5, absent=absent)
+        course.run(100, on_s=0.8, off_s=1.0)
+        shares.append(fmean(reach > 0 for reach in course.run(300, on_s=0.8, off_s=1.0)))
+    assert fmean(shares) > least
+    assert min(shares) > 0.5
 
 
 def test_in_doubt_a_gain_is_found_in_the_end() -> None:
