@@ -17,8 +17,8 @@ MOST_HIDDEN, LEAST_HIDDEN = 1.15, 0.5
 less, and a forecast of the next layer may come after the one that was counted."""
 
 ENOUGH_ABSENT = 8
-"""Absent experts from which the share that is foreseen can be told: of fewer, those that are lacking
-may have been foreseen or not. One step with two misses, both unforeseen, says little."""
+"""Absent experts from which the share that is foreseen can be told: of fewer, those that are
+lacking may have been foreseen or not. One step with two misses, both unforeseen, says little."""
 
 LEAST_COST, MOST_COST = 0.75, 1.5
 """Of the time that forecasts took there; reads ahead take some of their own."""
