@@ -22,6 +22,7 @@ from ..predictors.oracle import Oracle
 from ..runtime.config import EngineConfig
 from ..runtime.engine import Engine
 from ..runtime.experts.cache import Kind
+from ..runtime.machine import cpu_name
 from ..runtime.models.loading import resolve_folder
 from ..runtime.request import GenerationRequest
 from ..runtime.sampler import SampledToken, Sampler, SamplerState
@@ -111,6 +112,7 @@ class EngineArm:
             format=source.format,
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
+            device_name=_name_of(loaded.device),
             predictor=engine.tier.predictor_name,
             prefetch=self._config.prefetch,
             eviction=engine.tier.eviction_name,
@@ -296,6 +298,10 @@ class FollowingSampler:
         if not self._text_ids:
             return token
         return replace(token, token_id=self._text_ids[place])
+
+
+def _name_of(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
 
 
 class _RoutingRecorder:

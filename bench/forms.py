@@ -144,6 +144,7 @@ class DecodeRow(Stamped, kw_only=True):
     model: str
     fingerprint: str
     device: str
+    device_name: str = ""
     seed: int
 
 

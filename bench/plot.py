@@ -65,8 +65,8 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
         axes.legend()
     first = rows[0]
     figure.suptitle(
-        f"{Path(first['model']).name}, {first['format']}, {first['cpu']}, {first['threads']} "
-        f"threads, median of {first['repetitions']}",
+        f"{Path(first['model']).name}, {first['format']}, {first['device_name']}, "
+        f"median of {first['repetitions']}",
         fontsize=9,
     )
     try:

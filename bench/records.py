@@ -31,6 +31,7 @@ class Subject:
     format: str
     dtype: str
     device: str
+    device_name: str
     predictor: str
     prefetch: str
     eviction: str

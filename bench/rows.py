@@ -99,6 +99,7 @@ def make_row(
         "prefetch": subject.prefetch,
         "eviction": subject.eviction,
         "device": subject.device,
+        "device_name": subject.device_name,
         "threads": subject.num_threads,
         "load_s": subject.load_s,
         "model": subject.model,

@@ -61,6 +61,8 @@ class ModelRunner:
         self._attention = RaggedAttention(loaded.model)
         self._decoder = NativeDecoder.of(loaded.model)
         self._device_decoder = _device_decoder(loaded)
+        if self._device_decoder is not None and executor.device_weights is not None:
+            self._device_decoder.prepare(executor.device_weights)
         self._num_passes = 0
         matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES

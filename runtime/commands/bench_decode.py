@@ -295,7 +295,7 @@ def _print_decode(document: dict[str, Any]) -> None:
         f", but {arm} {100 * (1 - share):.1f} % others" for arm, share in others.items()
     )
     typer.echo(
-        f"{first['model']}, experts in {first['format']}, {first['device']}, "
+        f"{first['model']}, experts in {first['format']}, {first['device_name']}, "
         f"threads {first['threads']}. {same}. Medians of "
         f"{' or '.join(map(str, counts))} runs with {100 * first['spread']['confidence']:.0f} % "
         f"intervals; ratio to {first['ratio']['to']}, run by run."

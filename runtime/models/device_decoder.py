@@ -23,7 +23,7 @@ from ...kernels.operands import Operand
 from ...kernels.residual_norm import residual_norm
 from ...kernels.weights import ExpertWeights
 from ..layer_choice import LayerChoice
-from .attention import Span
+from .attention import SequenceKv, Span
 from .cuda_graphs import Work, WorkQueue
 from .device_layers import (
     AttentionBlock,
@@ -117,6 +117,29 @@ class DeviceDecoder:
         """
         weights = experts.device_weights
         assert weights is not None
+        one = self._pass_of(token_ids, positions, spans, weights)
+        one.take(token_ids, positions, self._pasts(spans))
+        logits = one.run(experts)
+        for span in spans:
+            span.kv.advance(1)
+        return logits
+
+    @torch.inference_mode()
+    def prepare(self, weights: ExpertWeights) -> None:
+        """Record passes of one row, so that no request waits for it.
+
+        Blocks for a second, or for as many as it takes to compile kernels that were never compiled.
+        """
+        self._pass_of([0], [0], [Span(SequenceKv(), 0, 1)], weights)
+
+    def _pass_of(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        spans: Sequence[Span],
+        weights: ExpertWeights,
+    ) -> "_Pass":
+        """The recorded pass of so many rows; recorded with these where it was not."""
         self._have_turns(max(positions))
         if weights is not self._weights:
             self._weights, self._passes = weights, {}
@@ -126,11 +149,7 @@ class DeviceDecoder:
             one.take(token_ids, positions, self._pasts(spans))
             one.record()
             self._passes[len(token_ids)] = one
-        one.take(token_ids, positions, self._pasts(spans))
-        logits = one.run(experts)
-        for span in spans:
-            span.kv.advance(1)
-        return logits
+        return one
 
     def _pasts(self, spans: Sequence[Span]) -> np.ndarray:
         num_layers = len(self.layers)

@@ -38,6 +38,7 @@ def subject_of(expert_bytes: int, slots: int, routing) -> Subject:
     routed = shape.num_moe_layers * shape.top_k * expert_bytes
     return Subject(
         model="m", fingerprint="f", format="bf16", dtype="bfloat16", device="cpu",
+        device_name="made up",
         predictor="none", prefetch="off", eviction="layer-lfu",
         num_moe_layers=shape.num_moe_layers, num_experts=shape.num_experts, top_k=shape.top_k,
         num_slots=slots, budget_bytes=slots * expert_bytes, expert_bytes=expert_bytes,

@@ -141,6 +141,18 @@ def test_texts_outgrow_the_first_keys_and_the_first_rotary_table(
         assert generated(engine) == found
 
 
+def test_what_is_recorded_ahead_changes_no_token(models: engines.Models) -> None:
+    with engine_of(models, "olmoe", expert_memory="all", prefetch="off") as engine:
+        expected = generated(engine)
+        decoder = engine._runner._device_decoder
+        weights = engine.tier.executor.device_weights
+        assert decoder is not None and weights is not None
+        decoder._passes.clear()
+        decoder.prepare(weights)
+        assert list(decoder._passes) == [1]
+        assert generated(engine) == expected
+
+
 def test_where_nothing_can_be_missing_the_host_waits_once_a_token(
     models: engines.Models,
 ) -> None:
