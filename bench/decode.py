@@ -14,9 +14,10 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from ..runtime import memory
 from ..runtime.errors import OutriderError, UsageError
 from ..runtime.models.loading import resolve_folder
-from . import lineup
+from . import lineup, room
 from .environment import environment
 from .fence import Fence
 from .lineup import Arm
@@ -37,7 +38,7 @@ class DecodeOptions:
     token by token; else the model continues its prompts greedily. Near `time_limit_s` fewer
     repetitions are made, at least 3 (or `repetitions`); rows say how many.
     `memory_limit` holds for every arm but resident ones, page cache included, once it has loaded:
-    bytes, or "auto" for budget, dense weights and RESERVE_BYTES; `link_bytes_per_s` throttles all
+    bytes, or "auto" (`room`); `link_bytes_per_s` throttles all
     their reads from disk (`throttle`; other systems' by `fence`). `llama` is a Python with
     llama-cpp-python and a GGUF file.
     """
@@ -67,8 +68,6 @@ class MismatchError(OutriderError):
 
 
 MIN_REPETITIONS = 3
-# What an automatic memory limit leaves beside budget and dense weights: Python and PyTorch.
-RESERVE_BYTES = 1 << 30
 # Another system rounds elsewhere, so some of its tokens differ; with fewer it runs another model.
 LEAST_AGREEMENT = 0.5
 
@@ -143,6 +142,7 @@ class _Bench:
         self._recordings: dict[Worker, Recording] = {}
         self._reference: tuple[str, Recording] | None = None
         self._arms: dict[str, Worker] = {}
+        self._budget = ""
         self._limits: dict[str, int | None] = {}
         self._fenced: dict[str, str] = {}
         self._agreement: dict[str, float] = {}
@@ -150,6 +150,7 @@ class _Bench:
         self._ends = None if limit_s is None else time.monotonic() + limit_s
         self._num_timings_left = len(options.budgets) * len(self._states)
         self.timelines: list[dict[str, Any]] = []
+        self._available_bytes = memory.available_bytes()
 
     @property
     def _states(self) -> tuple[bool, ...]:
@@ -162,7 +163,7 @@ class _Bench:
 
         Arms in `kept` run already; those that serve every budget join it and end with `across`.
         """
-        names, self._arms = self.options.arms, {}
+        names, self._arms, self._budget = self.options.arms, {}, budget
         fences: dict[str, Fence] = {}
 
         def start(name: str, arm: Arm, **more: Any) -> None:
@@ -181,21 +182,28 @@ class _Bench:
         # The first is what the others are held to, so those that round otherwise come later.
         ordered = sorted(names, key=lineup.rounds_otherwise)
         arms = {name: lineup.arm(name, budget, self.options) for name in ordered}
-        for name, arm in arms.items():
+        own = [name for name, arm in arms.items() if name in kept or not arm.is_external]
+        self._tell(f"{budget}: loading and checking arms", 0, len(names))
+        if not self._subjects:
+            # The smallest one tells how large the others will be, before they take anything.
+            first = min(own, key=lineup.is_resident)
+            start(first, arms[first])
+            self._subjects[self._arms[first]] = self._arms[first].answer(Subject)
+            self._require_room()
+        for name in own:
             if name in kept:
                 self._arms[name] = kept[name]
-            elif not arm.is_external:
-                start(name, arm)
-        for done, name in enumerate(list(self._arms)):
+            elif name not in self._arms:
+                start(name, arms[name])
+        for done, name in enumerate(own):
             self._tell(f"{budget}: loading and checking arms", done, len(names))
             worker = self._arms[name]
             if worker not in self._subjects:
                 self._subjects[worker] = worker.answer(Subject)
+            if worker not in self._recordings:
                 self._check_tokens(name, worker)
-        like = self._subjects[
-            self._arms[max(self._arms, key=lambda name: not arms[name].is_resident)]
-        ]
-        limit = self._limits[budget] = self._limit(like)
+        like = self._like(budget)
+        limit = self._limits[budget] = room.memory_limit(self.options.memory_limit, like)
         for name, fence in fences.items():
             self._limited(name, fence, limit)
         for name, arm in arms.items():
@@ -211,14 +219,26 @@ class _Bench:
         self._arms = {name: self._arms[name] for name in names}
         self._tell(f"{budget}: loading and checking arms", len(names), len(names))
 
-    def _limit(self, subject: Subject) -> int | None:
-        """Bytes that each arm of a budget may hold; `subject` is the budget's."""
-        limit = self.options.memory_limit
-        return (
-            subject.budget_bytes + subject.dense_bytes + RESERVE_BYTES
-            if limit == "auto"
-            else (None if limit is None else int(limit))
-        )
+    def _require_room(self) -> None:
+        """Whether the arms of each budget fit side by side, from the one that has been loaded."""
+        options = self.options
+        for budget in options.budgets:
+            room.require(
+                {name: lineup.arm(name, budget, options) for name in options.arms},
+                budget,
+                self._like(budget),
+                limit=options.memory_limit,
+                available_bytes=self._available_bytes,
+            )
+
+    def _like(self, budget: str) -> Subject:
+        """What an arm of ours is at a budget: one of the budget's, or another one brought to it."""
+        own = [name for name in self._arms if self._arms[name] in self._subjects]
+        name = min(own, key=lineup.is_resident)
+        subject = self._subjects[self._arms[name]]
+        if budget == self._budget and not lineup.is_resident(name):
+            return subject
+        return room.at_budget(subject, budget, available_bytes=self._available_bytes)
 
     def _limited(self, name: str, fence: Fence, limit: int | None) -> None:
         if limit is not None:

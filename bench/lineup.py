@@ -124,12 +124,20 @@ def external_arguments(arm: Arm, like: Subject, limit: int | None) -> dict[str, 
     """What an external arm is told beside its own: `like` is ours at the same budget."""
     if arm.kind == "llama.cpp":
         return {"threads": like.num_threads}
-    dense = like.dense_bytes
-    held = like.budget_bytes + dense
+    held = like.budget_bytes + like.dense_bytes
     if limit is not None:
-        layer = like.num_experts * like.expert_bytes
-        held = max(_LEAST_BYTES, limit - _TRANSFORMERS_BYTES - 2 * layer)
+        held = max(_LEAST_BYTES, limit - _beside_weights(like))
     return {"memory_bytes": held}
+
+
+def external_bytes(like: Subject, limit: int | None) -> int:
+    """What transformers with accelerate holds at most, beside an arm of ours that is `like`."""
+    held = like.budget_bytes + like.dense_bytes + _beside_weights(like)
+    return held if limit is None else limit
+
+
+def _beside_weights(like: Subject) -> int:
+    return _TRANSFORMERS_BYTES + 2 * like.num_experts * like.expert_bytes
 
 
 def subject(name: str, external: External, like: Subject) -> Subject:

@@ -20,6 +20,7 @@ from outrider.bench.timeline import write_trace
 from outrider.bench.worker import Worker, WorkerError, _error
 from outrider.bench.workload import BUILT_IN, built_in_texts, make_passages, read_texts
 from outrider.kernels import native
+from outrider.runtime import memory
 from outrider.runtime.cli import app
 from outrider.runtime.errors import InvalidDataError, OutriderError, UsageError
 from outrider.runtime.experts.arithmetic import ModuleArithmetic
@@ -74,6 +75,8 @@ class InProcess:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "Worker", InProcess)
+    # Arms in one process share what each would take for itself: see test_room.
+    monkeypatch.setattr(memory, "available_bytes", lambda: 1 << 40)
 
 
 def options(model: Path, **fields: Any) -> DecodeOptions:
