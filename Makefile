@@ -14,7 +14,7 @@ FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
 SOAK_S ?= 600
 
-.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot bench bench-prefetch clean help
+.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot bench bench-prefetch bench-others clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -80,9 +80,12 @@ TOKENS ?= 6000
 BENCH := $(BIN)/outrider bench
 # A result that was not finished must not stand for one.
 define result
+	@mkdir -p $(RESULTS)
 	$(BENCH) $(2) --json > $(RESULTS)/$(1).part
 	mv $(RESULTS)/$(1).part $(RESULTS)/$(1).json
 endef
+# What the README shows of them, without this machine's paths.
+publish = $(BIN)/python tests/support/publish.py $(RESULTS) $(1) $(2)
 
 bench: $(DEVELOPED) $(TRACES)/manifest.json ## every benchmark this machine can run (under 30 minutes); renews the tables
 	$(call result,transfer,transfer)
@@ -109,15 +112,40 @@ PREFETCH = decode $(GEOMETRY_DIR) --store $(STORE) --format int8 --dense-format 
 
 bench-prefetch: $(DEVELOPED) $(STORE)/index.json $(RESULTS)/statistics/config.json ## prefetching at real sizes, all arms (GEOMETRY=DIR, LINK=1GB/s, DEVICE=cuda); renews its tables and figures
 	$(call result,prefetch,$(PREFETCH) $(foreach one,$(BUDGETS),--expert-memory $(one)) --plot docs/prefetch.png)
-	$(call result,prefetch-throttled,$(PREFETCH) --expert-memory 75% --link $(LINK) --plot docs/prefetch-throttled.png)
-	cp $(RESULTS)/prefetch.json $(RESULTS)/prefetch-throttled.json docs/
-	$(BIN)/python tests/support/bench_tables.py $(RESULTS)
+	$(call result,prefetch-throttled,$(PREFETCH) --expert-memory 75% --link $(LINK))
+	$(call publish,prefetch)
+	$(call publish,prefetch-throttled)
+	$(BIN)/python tests/support/bench_tables.py docs
+
+# Other systems beside us at the same bits, in the same limit of memory (which takes the right to
+# make control groups) and all resident: accelerate's disk offload, and llama.cpp where LLAMA_PYTHON
+# is a Python with llama-cpp-python and gguf. 9 GB of disk for each of GGUF's making and TMPDIR.
+LLAMA_PYTHON ?=
+GGUF ?= $(RESULTS)/gguf
+OTHERS_BUDGETS ?= 25% 50%
+comma := ,
+and_llama = $(if $(LLAMA_PYTHON),$(comma)$(1))
+at_bits = decode $(GEOMETRY_DIR) --store $(GEOMETRY_DIR)-$(1) --format $(1) --dense-format $(1) --warm \
+	--prompt-tokens 4 $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON) --gguf $(GGUF)/$(2).gguf)
+all_resident = $(at_bits) --expert-memory all --arms resident$(call and_llama,llama.cpp-resident) \
+	--tokens 32 --repetitions 5
+
+bench-others: $(DEVELOPED) $(GEOMETRY_DIR)-int8/index.json $(GEOMETRY_DIR)-int4/index.json $(if $(LLAMA_PYTHON),$(GGUF)/q8_0.gguf $(GGUF)/q4_0.gguf) ## accelerate and llama.cpp beside us (LLAMA_PYTHON=PYTHON, GGUF=DIR, GEOMETRY=DIR); renews their table and figure
+	$(call result,others-limited,$(call at_bits,int8,q8_0) --arms on-demand$(comma)prefetch$(call and_llama,llama.cpp)$(comma)accelerate \
+		$(foreach one,$(OTHERS_BUDGETS),--expert-memory $(one)) --memory-limit auto --tokens 12 --passages 1 --repetitions 3)
+	$(call result,others-int8,$(call all_resident,int8,q8_0))
+	$(call result,others-int4,$(call all_resident,int4,q4_0))
+	$(call publish,others,others-limited others-int8 others-int4)
+	$(BIN)/python tests/support/bench_tables.py docs
+
+$(GGUF)/q8_0.gguf $(GGUF)/q4_0.gguf &: | $(GEOMETRY_DIR)/config.json
+	$(BENCH) make-gguf $(GEOMETRY_DIR) --out $(GGUF) --types q8_0,q4_0 --llama-python $(LLAMA_PYTHON)
 
 $(GEOMETRY_DIR)/config.json: | $(DEVELOPED)
 	$(BENCH) make-geometry --out $(GEOMETRY_DIR)
 
-$(STORE)/index.json: | $(GEOMETRY_DIR)/config.json
-	$(BIN)/outrider pack $(GEOMETRY_DIR) --format int8 --out $(STORE)
+$(GEOMETRY_DIR)-%/index.json: | $(GEOMETRY_DIR)/config.json
+	$(BIN)/outrider pack $(GEOMETRY_DIR) --format $* --out $(GEOMETRY_DIR)-$*
 
 $(RESULTS)/statistics/config.json: $(TRACES)/manifest.json
 	$(BIN)/outrider train $(TRACES) --predictor statistics --out $(RESULTS)/statistics

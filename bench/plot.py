@@ -20,9 +20,10 @@ def require() -> None:
         ) from error
 
 
-def _label(row: dict[str, Any]) -> str:
+def _label(row: dict[str, Any], *, has_format: bool) -> str:
     arm, _, predictor = row["arm"].partition(":")
-    return "\n".join([arm, *([Path(predictor).name] if predictor else []), row["budget"]])
+    parts = [*arm.split("-resident"), Path(predictor).name, row["format"] if has_format else ""]
+    return "\n".join([*filter(None, parts), row["budget"]])
 
 
 def plot_decode(document: dict[str, Any], path: Path) -> None:
@@ -32,6 +33,7 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
 
     rows = document["rows"]
     states = list(dict.fromkeys(row["cache"] for row in rows))
+    formats = list(dict.fromkeys(row["format"] for row in rows))
     figure = Figure(
         figsize=(1.5 + max(4.0, 0.75 * len(rows) / len(states)) * len(states), 4.2),
         layout="constrained",
@@ -59,13 +61,14 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
             label="roofline",
         )
         axes.set_yscale("log")
-        axes.set_xticks(places, [_label(row) for row in shown], fontsize=7)
+        labels = [_label(row, has_format=len(formats) > 1) for row in shown]
+        axes.set_xticks(places, labels, fontsize=7)
         axes.set_title(f"{state} caches")
         axes.set_ylabel("tokens/s")
         axes.legend()
     first = rows[0]
     figure.suptitle(
-        f"{Path(first['model']).name}, {first['format']}, {first['device_name']}, "
+        f"{Path(first['model']).name}, {', '.join(formats)}, {first['device_name']}, "
         f"median of {first['repetitions']}",
         fontsize=9,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 from bench_tables import rewritten
+from publish import main as publish
 from typer.testing import CliRunner
 
 from outrider.bench import documents
@@ -217,3 +218,70 @@ def test_tables_of_a_page_are_renewed_between_their_marks(transfers, fits, tmp_p
     saved(tmp_path, "fit.json", transfers)
     with pytest.raises(SystemExit, match="not fit"):
         rewritten(page, tmp_path)
+
+
+def decoded(*rows: dict) -> dict:
+    """A `bench decode` document with these fields in its rows."""
+    spread = {"low": 0.5, "high": 2.0, "confidence": 0.9, "count": 3}
+    surroundings = environment().ended().as_dict()
+    workload = {"kind": "text", "prompts": "/srv/somebody/texts.txt", "passages": ["a"],
+                "prompt_tokens": [4], "tokens": 8}  # fmt: skip
+    common = {
+        "arm": "on-demand", "format": "int8", "budget": "25%", "tokens_per_second": 1.0,
+        "spread": spread, "ttft_s": 0.1, "bytes_per_token": 1e6, "hit_rate": 0.5, "late_rate": 0.0,
+        "stall_s_per_token": 0.0, "roofline_tokens_per_second": 4.0, "roofline_share": 0.25,
+        "rss_peak_bytes": 1, "outside_products_share": None, "cache": "warm", "repetitions": 3,
+        "ratio": {"to": "on-demand", "median": 1.0, **spread}, "wasted_bytes_per_token": 0.0,
+        "active_bytes_per_token": 2e6, "lru_missed_bytes_per_token": 1e6, "expert_bytes": 1000,
+        "read_bytes_per_s": 10e9, "link_bytes_per_s": 1e9, "token_agreement": 1.0,
+        "memory_limit_bytes": None, "memory_fence": "none", "link_limit_bytes_per_s": None,
+        "storage_bytes_per_token": 3e6, "model": "/srv/somebody/model", "predictor": "none",
+        "device": "cpu", "threads": 2, "fingerprint": "f", "seed": 0, "workload": workload,
+        **environment().stamp(),
+    }  # fmt: skip
+    lines = [{"arm": "prefetch:/srv/somebody/statistics, 25%", "token": 1, "tokens": 2,
+              "seconds": 0.1, "simulated": False, "events": []}]  # fmt: skip
+    return {
+        "environment": surroundings,
+        "workload": workload,
+        "rows": [common | row for row in rows],
+        "timelines": lines,
+    }
+
+
+def test_results_are_published_together_and_without_paths(tmp_path, monkeypatch, fits):
+    monkeypatch.setattr("publish.DOCS", tmp_path)
+    limited = decoded(
+        {"memory_limit_bytes": 2_500_000_000},
+        {"arm": "prefetch:/srv/somebody/statistics", "predictor": "/srv/somebody/statistics"},
+        {"arm": "llama.cpp", "format": "q8_0", "token_agreement": 0.9, "hit_rate": None,
+         "ratio": {"to": "on-demand", "median": 0.1, "low": 0.08, "high": 0.125}},
+    )  # fmt: skip
+    resident = decoded({"arm": "resident", "budget": "all", "format": "int4"})
+    saved(tmp_path, "limited.json", limited)
+    saved(tmp_path, "int4.json", resident)
+    assert publish([str(tmp_path), "others", "limited", "int4"]) == 0
+    text = (tmp_path / "others.json").read_text()
+    assert "/srv" not in text and "somebody" not in text
+    kind, document = read(tmp_path / "others.json")
+    assert kind == "decode"
+    assert [row["arm"] for row in document["rows"]] == [
+        "on-demand", "prefetch:statistics", "llama.cpp", "resident",
+    ]  # fmt: skip
+    assert document["timelines"][0]["arm"] == "prefetch:statistics, 25%"
+    assert (tmp_path / "others.png").read_bytes().startswith(b"\x89PNG")
+
+    page = "<!-- bench: others -->\n<!-- end of bench: others -->\n"
+    new, done = rewritten(page, tmp_path)
+    assert done == ["others"]
+    lines = new.splitlines()
+    (other,) = [line for line in lines if line.startswith("| llama.cpp |")]
+    # Ten times as fast where it reaches a tenth; its interval turned over with it.
+    assert "| 10.00 (8.00-12.50) |" in other and "| 90 % |" in other and "| q8_0 |" in other
+    assert "| 2.50 |" in next(line for line in lines if line.startswith("| on-demand |"))
+    assert lines.index("within a limit:") < lines.index("all resident, no limit:")
+
+    saved(tmp_path, "fit.json", fits)
+    with pytest.raises(SystemExit, match="not decode"):
+        publish([str(tmp_path), "others", "fit"])
+    assert publish(["only one"]) == 2

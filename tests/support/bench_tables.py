@@ -184,6 +184,54 @@ def _read_ahead_line(row: dict[str, Any], demand: dict[str, Any] | None) -> list
     ]
 
 
+OTHERS = [
+    "arm", "experts", "weights", "memory limit, GB", "tokens/s", "outrider is faster, paired",
+    "MB from disk a token", "same tokens", "share of roofline",
+]  # fmt: skip
+
+
+def beside_others(document: Document) -> str:
+    """Other systems' rows beside ours: in one limit of memory, then with everything resident."""
+    parts = []
+    limited = [row for row in document["rows"] if row["budget"] != "all"]
+    resident = [row for row in document["rows"] if row["budget"] == "all"]
+    for caption, rows in (("within a limit", limited), ("all resident, no limit", resident)):
+        if rows:
+            lines = [_beside_others_line(row) for row in rows]
+            parts.append(f"{caption}:\n\n{markdown(Table('', OTHERS, lines))}")
+    reads = [row["read_bytes_per_s"] / 1e9 for row in document["rows"]]
+    links = [row["link_bytes_per_s"] / 1e9 for row in limited]
+    first = document["rows"][0]
+    link = f"link {min(links):.2f} to {max(links):.2f} GB/s, " if links else ""
+    return (
+        "\n\n".join(parts) + f"\n\nPlain read {min(reads):.0f} to {max(reads):.0f} GB/s, {link}"
+        f"{first['threads']} threads, medians of {first['repetitions']}. " + origin(document)
+    )
+
+
+def _beside_others_line(row: dict[str, Any]) -> list[str]:
+    limit, ratio, spread = row["memory_limit_bytes"], row["ratio"], row["spread"]
+    is_other = row["arm"].startswith(("accelerate", "llama.cpp"))
+    digits = 1 if spread["high"] >= 10 else 2
+    faster = (
+        f"{1 / ratio['median']:.2f} ({1 / ratio['high']:.2f}-{1 / ratio['low']:.2f})"
+        if is_other
+        else ""
+    )
+    return [
+        row["arm"],
+        row["budget"],
+        row["format"],
+        "" if limit is None else f"{limit / 1e9:.2f}",
+        f"{row['tokens_per_second']:.{digits}f} "
+        f"({spread['low']:.{digits}f}-{spread['high']:.{digits}f})",
+        faster,
+        f"{row['storage_bytes_per_token'] / 1e6:.0f}",
+        f"{100 * row['token_agreement']:.0f} %",
+        f"{100 * row['roofline_share']:.0f} %",
+    ]
+
+
 def plainly(kind: str) -> Callable[[Document], str]:
     """The tables as the report has them."""
 
@@ -206,12 +254,13 @@ WRITERS: dict[str, Callable[[Document], str]] = {
     "decode": plainly("decode"),
     "prefetch": read_ahead,
     "prefetch-throttled": read_ahead,
+    "others": beside_others,
     "kernels": plainly("kernels"),
 }
 
 
 # Results under names of their own, of a kind that has another one.
-KINDS = {"prefetch": "decode", "prefetch-throttled": "decode"}
+KINDS = {"prefetch": "decode", "prefetch-throttled": "decode", "others": "decode"}
 
 
 def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
