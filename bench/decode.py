@@ -5,18 +5,15 @@ alike. No speed is given unless every arm chose the same tokens. Knows arms by t
 """
 
 import math
-import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from ..runtime import memory
 from ..runtime.errors import OutriderError, UsageError
-from ..runtime.models.loading import resolve_folder
 from . import lineup, room
 from .environment import environment
 from .fence import Fence
@@ -112,22 +109,6 @@ def _check(options: DecodeOptions) -> None:
         raise UsageError("each arm is named once, and at least one --expert-memory is needed")
 
 
-def _fence(name: str, arm: Arm, options: DecodeOptions, stack: ExitStack) -> Fence | None:
-    """A fence around an arm that goes away with `stack`; None where nothing is limited.
-
-    Another system's reads are throttled by it; ours throttle themselves (`throttle`).
-    """
-    rate = options.link_bytes_per_s if arm.is_external else None
-    if arm.is_resident or (options.memory_limit is None and rate is None):
-        return None
-    fence = stack.enter_context(Fence(f"outrider-{os.getpid()}-{name}"))
-    if rate is not None:
-        file = arm.arguments.get("file")
-        folder = resolve_folder(options.model) if file is None else Path(file).parent
-        fence.limit_reads(rate, folder=folder)
-    return fence
-
-
 class _Bench:
     """The state of one run: passages and the reference's choices, once they are known."""
 
@@ -168,14 +149,14 @@ class _Bench:
 
         def start(name: str, arm: Arm, **more: Any) -> None:
             stack = across if arm.is_resident else block
-            fence = _fence(name, arm, self.options, stack)
+            fence = lineup.fence(name, arm, self.options, within=stack)
+            if fence is not None:
+                fences[name] = fence
             arguments = {**arm.arguments, **more}
             threads = self.options.num_threads
             worker = Worker(arm.kind, arguments, num_threads=threads, fence=fence)
             self._arms[name] = stack.enter_context(worker)
             worker.ask("load")
-            if fence is not None:
-                fences[name] = fence
             if arm.is_resident:
                 kept[name] = worker
 

@@ -1,11 +1,15 @@
 """The arms of `bench decode` by name: what serves each, and what that is told."""
 
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from ..runtime.errors import UsageError
+from ..runtime.models.loading import resolve_folder
+from .fence import Fence
 from .records import External, Subject
 
 LLAMA_RESIDENT = "llama.cpp-resident"
@@ -40,6 +44,8 @@ class Options(Protocol):
     def prompt_tokens(self) -> int: ...
     @property
     def num_tokens(self) -> int: ...
+    @property
+    def memory_limit(self) -> int | str | None: ...
     @property
     def link_bytes_per_s(self) -> int | None: ...
 
@@ -118,6 +124,22 @@ def arm(name: str, budget: str, options: Options) -> Arm:
         more["link_bytes_per_s"] = options.link_bytes_per_s
     arguments = {"model": options.model, "store": options.store, "options": config, **more}
     return Arm("engine", arguments, is_resident=name in _RESIDENT)
+
+
+def fence(name: str, arm: Arm, options: Options, *, within: ExitStack) -> Fence | None:
+    """A fence around an arm that goes away with `within`; None where nothing is limited.
+
+    Another system's reads are throttled by it; ours throttle themselves (`throttle`).
+    """
+    rate = options.link_bytes_per_s if arm.is_external else None
+    if arm.is_resident or (options.memory_limit is None and rate is None):
+        return None
+    made = within.enter_context(Fence(f"outrider-{os.getpid()}-{name}"))
+    if rate is not None:
+        file = arm.arguments.get("file")
+        folder = resolve_folder(options.model) if file is None else Path(file).parent
+        made.limit_reads(rate, folder=folder)
+    return made
 
 
 def external_arguments(arm: Arm, like: Subject, limit: int | None) -> dict[str, Any]:
