@@ -20,7 +20,7 @@ from .fence import Fence
 from .lineup import Arm
 from .records import Bandwidths, External, Measurement, Passage, Recording, Subject
 from .roofline import lru_misses
-from .rows import Runs, make_row
+from .rows import Runs, link_speed, make_row
 from .worker import Worker
 from .workload import BUILT_IN, make_passages, read_texts
 
@@ -338,6 +338,7 @@ class _Bench:
             )
             for name, worker in arms.items()
         }
+        link = link_speed(bandwidths, list(runs.values()))
         paired = runs.get("on-demand") or next(iter(runs.values()))
         for one in runs.values():
             self.rows.append(
@@ -345,6 +346,7 @@ class _Bench:
                     "runs": one,
                     "missed_per_token": self._missed_per_token(one),
                     "bandwidths": bandwidths,
+                    "link_bytes_per_s": link,
                     "reference": paired,
                 }
             )

@@ -27,16 +27,40 @@ class Runs:
     agreement: float
     link_limit_bytes_per_s: int | None
 
+    @property
+    def moved_bytes_per_s(self) -> float:
+        """Experts' bytes over the time of decoding, the median of the repetitions."""
+        moved = [one.traffic.get("bytes_on_demand", 0) + one.traffic.get("bytes_prefetched", 0)
+                 for one in self.measurements]  # fmt: skip
+        pairs = zip(moved, self.measurements, strict=True)
+        return median(nbytes / one.decode_s for nbytes, one in pairs)
+
+
+def link_speed(bandwidths: Sequence[Bandwidths], runs: Sequence[Runs]) -> float:
+    """Bytes a second that the link could move: as probed, or what an arm moved if that was more.
+
+    A disk of others' may be several times as fast in one second as in another, and is probed for a
+    tenth of one. Buffered reads may be the page cache's, so of them only the probe counts.
+    """
+    probed = median(one.link_bytes_per_s for one in bandwidths)
+    if any(one.reads == "buffered" for one in bandwidths):
+        return probed
+    moved = max(one.moved_bytes_per_s for one in runs)
+    limits = [one.link_limit_bytes_per_s for one in runs if one.link_limit_bytes_per_s is not None]
+    return max(probed, min([moved, *limits]))
+
 
 def make_row(
     runs: Runs,
     *,
     missed_per_token: float,
     bandwidths: Sequence[Bandwidths],
+    link_bytes_per_s: float,
     reference: Runs,
     stamp: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """One row. `missed_per_token`: experts that the best LRU of this size misses.
+    """One row. `missed_per_token`: experts that the best LRU of this size misses;
+    `link_bytes_per_s` as by `link_speed`.
 
     `reference` is the arm that speeds are paired with; `stamp` is the same in every row of a run.
     """
@@ -51,7 +75,7 @@ def make_row(
         active_bytes=subject.active_bytes,
         missed_bytes=missed_per_token * subject.expert_bytes,
         read_bytes_per_s=median(one.read_bytes_per_s for one in bandwidths),
-        link_bytes_per_s=median(one.link_bytes_per_s for one in bandwidths),
+        link_bytes_per_s=link_bytes_per_s,
     )
     return {
         "arm": runs.arm,
@@ -83,6 +107,7 @@ def make_row(
         "lru_missed_bytes_per_token": roofline.missed_bytes,
         "read_bytes_per_s": roofline.read_bytes_per_s,
         "link_bytes_per_s": roofline.link_bytes_per_s,
+        "probed_link_bytes_per_s": median(one.link_bytes_per_s for one in bandwidths),
         "reads": bandwidths[0].reads,
         "pages_kept": runs.pages_kept,
         "identical_logits": runs.has_identical_logits,

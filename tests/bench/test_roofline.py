@@ -1,5 +1,6 @@
 """The bound's arithmetic, and LRU misses against an independent replay by stack distance."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from outrider.bench.bandwidth import drop_page_cache, link_bandwidth
+from outrider.bench.records import Bandwidths, Measurement
 from outrider.bench.roofline import Pass, Roofline, lru_misses
+from outrider.bench.rows import Runs, link_speed
 
 NUM_EXPERTS = 6
 LAYERS = 3
@@ -90,3 +93,30 @@ def test_link_is_measured_on_files_of_any_size_and_their_pages_can_be_dropped(
     assert 0.0 <= drop_page_cache([small, large]) <= 1.0
     with pytest.raises(ValueError, match="smaller than a block"):
         link_bandwidth([small])
+
+
+def moving(*rates: int, limit: int | None = None) -> Runs:
+    """Runs of an arm that read experts this fast, ten tokens in two seconds each."""
+    return Runs(
+        arm="on-demand", budget="25%", is_cold=False, subject=None, pages_kept=0.0,  # type: ignore[arg-type]
+        has_identical_logits=True, memory_limit_bytes=None, fence="none", agreement=1.0,
+        link_limit_bytes_per_s=limit,
+        measurements=[
+            Measurement([], 10, 2.0, 0.1, 1.0,
+                        {"bytes_on_demand": rate, "bytes_prefetched": rate}, 1)
+            for rate in rates
+        ],
+    )  # fmt: skip
+
+
+def test_a_link_is_no_slower_than_what_an_arm_moved_over_it() -> None:
+    probes = [Bandwidths(10.0, link, "direct") for link in (90.0, 100.0, 300.0)]
+    other = replace(moving(1), measurements=[Measurement([], 10, 2.0, 0.1, 0.0, {}, 1)])
+    assert link_speed(probes, [other, moving(80, 70, 60)]) == 100.0
+    assert link_speed(probes, [moving(20, 30, 40), moving(900, 150, 140), other]) == 150.0
+    # One fast second proves less than the median; a throttled link is as fast as it is let.
+    assert link_speed(probes, [moving(900, 10, 10)]) == 100.0
+    assert link_speed(probes, [moving(900, 900, 900, limit=120)]) == 120.0
+    # What came from the page cache says nothing of the disk.
+    buffered = [replace(one, reads="buffered") for one in probes]
+    assert link_speed(buffered, [moving(900, 900, 900)]) == 100.0
