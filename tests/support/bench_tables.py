@@ -202,10 +202,11 @@ def beside_others(document: Document) -> str:
     reads = [row["read_bytes_per_s"] / 1e9 for row in document["rows"]]
     links = [row["link_bytes_per_s"] / 1e9 for row in limited]
     first = document["rows"][0]
+    counts = " or ".join(map(str, sorted({row["repetitions"] for row in document["rows"]})))
     link = f"link {min(links):.2f} to {max(links):.2f} GB/s, " if links else ""
     return (
         "\n\n".join(parts) + f"\n\nPlain read {min(reads):.0f} to {max(reads):.0f} GB/s, {link}"
-        f"{first['threads']} threads, medians of {first['repetitions']}. " + origin(document)
+        f"{first['threads']} threads, medians of {counts}. " + origin(document)
     )
 
 
