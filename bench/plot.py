@@ -67,8 +67,9 @@ def plot_decode(document: dict[str, Any], path: Path) -> None:
         axes.set_ylabel("tokens/s")
         axes.legend()
     first = rows[0]
+    device = first.get("device_name") or first["cpu"]  # older documents name the processor only
     figure.suptitle(
-        f"{Path(first['model']).name}, {', '.join(formats)}, {first['device_name']}, "
+        f"{Path(first['model']).name}, {', '.join(formats)}, {device}, "
         f"median of {first['repetitions']}",
         fontsize=9,
     )

@@ -22,7 +22,7 @@ LIKE = Subject(
     model="m", fingerprint="f", format="int8", dtype="bfloat16", device="cpu", predictor="none",
     prefetch="off", eviction="lru", num_moe_layers=8, num_experts=16, top_k=2, num_slots=64,
     budget_bytes=64 * SLOT, expert_bytes=SLOT, active_bytes=2 * GIB, dense_bytes=DENSE,
-    num_threads=2, load_s=1.0, files=[],
+    num_threads=2, load_s=1.0, files=[], device_name="made up",
 )  # fmt: skip
 OURS = Arm("engine", {})
 RESIDENT = Arm("engine", {}, is_resident=True)
