@@ -56,12 +56,18 @@ def env(
     if model is not None:
         from ...collect.devices import device_memory
         from ..advice import advise, advise_collection
+        from ..device import device_of
 
-        found = advise(folder, available_bytes=memory.available_bytes())
+        # Experts are read into the memory of the device that a run would choose.
+        device = device_of("auto")
+        host = advise(folder, available_bytes=memory.available_bytes())
+        free = memory.device_bytes(device.type, device.index)[0]
+        found = host if device.type == "cpu" else advise(folder, available_bytes=free)
+        found["device"] = str(device)
         gpus = [
             device_memory(torch.device("cuda", index)) for index in range(torch.cuda.device_count())
         ]
-        found["collect"] = advise_collection(found, gpus)
+        found["collect"] = advise_collection(host, gpus)
         found["text"] += found["collect"]["text"]
         document["model"] = found
     if json:

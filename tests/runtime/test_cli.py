@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
@@ -542,6 +543,16 @@ def test_env_says_whether_a_model_fits(model):
     assert found["model"]["fits"] is True
     text = run("env", "--model", model).stdout
     assert "qwen3_moe" in text
+
+
+def test_env_advises_for_the_memory_of_the_device_that_a_run_would_choose(model, monkeypatch):
+    monkeypatch.setattr("outrider.runtime.device.device_of", lambda _: torch.device("cuda", 0))
+    # As on a card that has no room left beside a host that has.
+    monkeypatch.setattr("outrider.runtime.memory.device_bytes", lambda kind, index: (1000, 1 << 30))
+    found = document("env", "--model", model)["model"]
+    assert found["device"] == "cuda:0"
+    assert found["fits"] is False
+    assert found["collect"]["fits"] is True, "traces can be taken on the host"
 
 
 def test_pack_refuses_what_it_cannot_do(model, tmp_path):
