@@ -198,6 +198,8 @@ class ForecastEviction(LayerUcpEviction):
         return super().victim(incoming, goes) or super().victim(incoming, evictable)
 
     def _is_foreseen(self) -> bool:
+        if not self._tables:
+            return False
         split = self._layer_idx + 1
         now = self._tables.get(self._step, self._blank)
         after = self._tables.get(self._step + 1, self._blank)
