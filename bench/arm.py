@@ -163,12 +163,12 @@ class EngineArm:
             return 0.0
         engine = self._engine
         if not self._is_filled:
-            source = engine.tier.source
+            loaded, tokenizer, source = engine.loaded, engine.tokenizer, engine.tier.source
+            # Its slots go with it, before those of the next are made.
             engine.close()
-            tier = build_tier(engine.loaded, self._config, source=source)
-            self._opened = Engine(
-                engine.loaded, tier, config=self._config, tokenizer=engine.tokenizer
-            )
+            self._opened = engine = None
+            tier = build_tier(loaded, self._config, source=source)
+            self._opened = Engine(loaded, tier, config=self._config, tokenizer=tokenizer)
             self._throttle()
         return drop_page_cache(self._files())
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.errors import InsufficientMemoryError
 from ..runtime.experts.memory import map_memory
 
 READ_BYTES = 256 << 20
@@ -62,10 +63,25 @@ def read_bandwidth() -> float:
 def device_bandwidths(device: str) -> tuple[float, float]:
     """Bytes a second of a plain read of a CUDA device's memory, and of copies into it.
 
-    Those come from pinned host memory, in pieces of 4 MiB. The best of 3; blocks.
-
-    The read is a maximum over a GiB, by PyTorch.
+    Those come from pinned host memory, in pieces of 4 MiB. The best of 3 after one that does not
+    count; blocks, and gives the 1.1 GiB back. Raises InsufficientMemoryError where they are not
+    free. The read is a maximum over a GiB, by PyTorch.
     """
+    import torch
+
+    try:
+        with torch.cuda.device(device):
+            rates = _device_rates(device)
+    except torch.OutOfMemoryError as error:
+        raise InsufficientMemoryError(
+            f"{device} has not the {(DEVICE_READ_BYTES + LINK_BYTES) >> 20} MiB free that its "
+            "bandwidths are measured with; give arms a smaller --expert-memory"
+        ) from error
+    torch.cuda.empty_cache()
+    return rates
+
+
+def _device_rates(device: str) -> tuple[float, float]:
     import torch
 
     source = torch.ones(DEVICE_READ_BYTES // 8, dtype=torch.int64, device=device)
@@ -89,7 +105,7 @@ def device_bandwidths(device: str) -> tuple[float, float]:
             end.record()
             end.synchronize()
             taken.append(begin.elapsed_time(end) / 1e3)
-    return DEVICE_READ_BYTES / min(times[read]), LINK_BYTES / min(times[copy])
+    return DEVICE_READ_BYTES / min(times[read][1:]), LINK_BYTES / min(times[copy][1:])
 
 
 def link_bandwidth(files: Sequence[Path], *, seed: int = 0) -> Link:

@@ -130,7 +130,11 @@ class Engine:
         tokenizer = load_tokenizer(folder)
         source = expert_source(loaded, config.format, store=store, progress=told("packing experts"))
         tier = build_tier(loaded, config, source=source)
-        engine = cls(loaded, tier, config=config, tokenizer=tokenizer, limits=limits)
+        try:
+            engine = cls(loaded, tier, config=config, tokenizer=tokenizer, limits=limits)
+        except BaseException:
+            tier.close()
+            raise
         tier.warm()
         engine.load_s = time.perf_counter() - began
         return engine
@@ -310,6 +314,7 @@ class Engine:
         """Stop reading and free the expert memory; idempotent."""
         if not self._is_closed:
             self._is_closed = True
+            self._runner.close()
             self.tier.close()
 
     def __enter__(self) -> Self:

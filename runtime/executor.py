@@ -7,7 +7,6 @@ only. Prediction decides what is read ahead and nothing else.
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -18,12 +17,12 @@ from ..kernels.expert_mlp import combine
 from ..kernels.weights import ExpertWeights
 from ..predictors.base import Forecast
 from .acquisition import Acquisition
-from .experts.arithmetic import ExpertArithmetic
+from .experts.arithmetic import ClosedArithmetic, ExpertArithmetic
 from .experts.cache import CacheCounters, ExpertCache, Slot
 from .experts.prefetcher import Prefetcher
 from .experts.transfer import TransferEngine
 from .host_misses import HostMisses
-from .layer_choice import LayerChoice
+from .layer_choice import LayerChoice, rows_by_expert
 from .observers import Observer, Observers
 from .stats import ExpertTraffic
 
@@ -73,6 +72,11 @@ class ExpertExecutor:
         self._lacked = True
         self._began_s = 0.0
         self._forecast_s = 0.0
+
+    def close(self) -> None:
+        """Cancel what is read ahead, and let go of the slots; nothing is computed after."""
+        self.prefetcher.close()
+        self.arithmetic, self._host_misses = ClosedArithmetic(), None
 
     @property
     def is_degraded(self) -> bool:
@@ -252,33 +256,40 @@ class ExpertExecutor:
         """
         self._tell_routing(layer_idx, choice.ids)
         self.cache.advance(self._step, layer_idx)
-        rows = _rows_by_expert(choice.ids)
+        rows = rows_by_expert(choice.ids)
         computed: torch.Tensor | None = None
         acquisition = self._acquisition([ExpertKey(layer_idx, expert_idx) for expert_idx in rows])
-        with acquisition:
-            is_free = acquisition.is_reading
-            is_first = acquisition.is_blocking
-            # Whoever waits on the host, for disk, has time to forecast before, else the device is
-            # given its work first.
-            if is_first:
-                self._forecast(layer_idx, choice.states, is_free=is_free)
-            if acquisition.gather():
-                compute()
-            else:
-                num_rows, top_k = choice.ids.shape
-                hidden_states = choice.hidden_states
-                outputs = hidden_states.new_empty(num_rows * top_k, hidden_states.shape[1])
-                for wave in acquisition.waves():
-                    self._compute(module, hidden_states, wave, rows, top_k=top_k, out=outputs)
-                computed = combine(
-                    outputs.view(num_rows, top_k, -1), choice.topk_weights, choice.topk_ids
-                )
-            if not is_first:
-                self._forecast(layer_idx, choice.states, is_free=is_free)
-        self._stall_s += acquisition.stall_s
+        try:
+            with acquisition:
+                is_free, is_first = acquisition.is_reading, acquisition.is_blocking
+                # Whoever waits on the host, for disk, has time to forecast before, else the device
+                # is given its work first.
+                if is_first:
+                    self._forecast(layer_idx, choice.states, is_free=is_free)
+                if acquisition.gather():
+                    compute()
+                else:
+                    computed = self._in_waves(module, choice, acquisition, rows)
+                if not is_first:
+                    self._forecast(layer_idx, choice.states, is_free=is_free)
+        finally:
+            self._stall_s += acquisition.stall_s
         if self._observers:
-            self._observe(layer_idx, choice.ids, choice.weights, choice.states)
+            self._observe(layer_idx, *choice.kept())
         return computed
+
+    def _in_waves(
+        self,
+        module: Any,
+        choice: LayerChoice,
+        acquisition: Acquisition,
+        rows: dict[int, np.ndarray],
+    ) -> torch.Tensor:
+        num_rows, top_k = choice.ids.shape
+        outputs = choice.hidden_states.new_empty(num_rows * top_k, choice.hidden_states.shape[1])
+        for wave in acquisition.waves():
+            self._compute(module, choice.hidden_states, wave, rows, top_k=top_k, out=outputs)
+        return combine(outputs.view(num_rows, top_k, -1), choice.topk_weights, choice.topk_ids)
 
     def forward(
         self,
@@ -297,7 +308,7 @@ class ExpertExecutor:
         ids = topk_ids.cpu().numpy()  # [T, K]
         self._tell_routing(layer_idx, ids)
         self.cache.advance(self._step, layer_idx)
-        rows = _rows_by_expert(ids)
+        rows = rows_by_expert(ids)
         needed = [ExpertKey(layer_idx, expert_idx) for expert_idx in rows]
         on_host = self._on_host(needed)
         acquisition = self._acquisition(
@@ -327,7 +338,7 @@ class ExpertExecutor:
 
     def _tell_routing(self, layer_idx: int, ids: np.ndarray) -> None:
         if self.on_routing is not None:
-            self.on_routing(layer_idx, ids)
+            self.on_routing(layer_idx, ids.copy())
 
     def _compute(
         self,
@@ -382,17 +393,3 @@ class ExpertExecutor:
     def _offer(self, forecasts: Sequence[Forecast]) -> None:
         for forecast in forecasts:
             self.prefetcher.offer(forecast)
-
-
-def _rows_by_expert(ids: np.ndarray) -> dict[int, np.ndarray]:
-    """Flat positions t * K + k by expert, experts ascending and positions ascending."""
-    if ids.shape[0] == 1:  # a token's experts are distinct, and sorting six needs no numpy
-        chosen = ids[0].tolist()
-        ranked = sorted(range(len(chosen)), key=chosen.__getitem__)
-        return {chosen[position]: np.array([position]) for position in ranked}
-    flat = ids.reshape(-1)
-    order = np.argsort(flat, kind="stable")
-    experts = flat[order]
-    starts = np.flatnonzero(experts[1:] != experts[:-1]) + 1
-    bounds = [0, *starts.tolist(), len(order)]
-    return {int(experts[start]): order[start:end] for start, end in pairwise(bounds)}

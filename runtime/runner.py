@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from ..kernels.weights import ExpertWeights
 from .errors import DeviceLostError, InsufficientMemoryError
 from .executor import ExpertExecutor, SlotTable
 from .models import adapter
@@ -60,9 +61,10 @@ class ModelRunner:
         self._executor = executor
         self._attention = RaggedAttention(loaded.model)
         self._decoder = NativeDecoder.of(loaded.model)
-        self._device_decoder = _device_decoder(loaded)
-        if self._device_decoder is not None and executor.device_weights is not None:
-            self._device_decoder.prepare(executor.device_weights)
+        self._device_decoder = None
+        if executor.device_weights is not None:
+            with self._translated("while the decoder was made"):
+                self._device_decoder = _device_decoder(loaded, executor.device_weights)
         self._num_passes = 0
         matrix_bytes = loaded.shape.hidden_size**2 * loaded.dtype.itemsize
         self._is_small = num_threads is None and matrix_bytes < MIN_SHARED_BYTES
@@ -81,12 +83,26 @@ class ModelRunner:
         under way: both end this pass and leave the model and its experts usable. Raises
         DeviceLostError if the device fails, which ends all passes.
         """
+        with (
+            self._translated(f"in a pass of {batch.num_tokens} tokens"),
+            _one_thread() if self._device_decoder is not None else nullcontext(),
+        ):
+            return self._run(batch, every_row=every_row)
+
+    def close(self) -> None:
+        """Let go of what the experts' memory is seen through."""
+        self._decoder = self._device_decoder = None
+
+    @contextmanager
+    def _translated(self, when: str) -> Iterator[None]:
         try:
-            with _one_thread() if self._device_decoder is not None else nullcontext():
-                return self._run(batch, every_row=every_row)
+            # The current device is a thread's own, and kernels are launched on it.
+            is_gpu = self._device.type == "cuda"
+            with torch.cuda.device(self._device) if is_gpu else nullcontext():
+                yield
         except (MemoryError, torch.OutOfMemoryError) as error:
             raise InsufficientMemoryError(
-                f"out of memory in a pass of {batch.num_tokens} tokens: {error}; give a smaller "
+                f"out of memory {when}: {error}; give a smaller "
                 "--expert-memory, or run fewer or shorter requests at once"
             ) from error
         except torch.AcceleratorError as error:
@@ -210,14 +226,15 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def _device_decoder(loaded: LoadedModel) -> "DeviceDecoder | None":
-    if loaded.device.type != "cuda":
-        return None
+def _device_decoder(loaded: LoadedModel, weights: ExpertWeights) -> "DeviceDecoder | None":
     # Imported when asked for: they need Triton, and a device.
     from .models.cuda_graphs import CudaGraphs
     from .models.device_decoder import DeviceDecoder
 
-    return DeviceDecoder.of(loaded.model, CudaGraphs(loaded.device))
+    decoder = DeviceDecoder.of(loaded.model, CudaGraphs(loaded.device))
+    if decoder is not None:
+        decoder.prepare(weights)
+    return decoder
 
 
 def _num_streamed(batch: ScheduledBatch[Sequence]) -> int:

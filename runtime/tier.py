@@ -79,11 +79,14 @@ class ExpertTier:
 
     def close(self) -> None:
         """Stop the copy threads and give the memory back. Blocks until reads under way end."""
-        self.executor.prefetcher.close()
+        self.executor.close()
         self.transfers.close()
         self.arena.close()
         if self.host_arena is not None:
             self.host_arena.close()
+        if self.arena.device.type == "cuda":
+            # What torch keeps of it for itself would count as taken.
+            torch.cuda.empty_cache()
 
 
 def expert_source(

@@ -17,6 +17,7 @@ from ...kernels.decoder import token_outputs
 from ...kernels.expert_mlp import expert_outputs
 from ...kernels.ways import ways
 from ...kernels.weights import ExpertWeights
+from ..errors import OutriderError
 from .slots import SlotArena
 
 _PLAIN_FORMATS = frozenset({"fp32", "bf16", "fp16"})
@@ -173,3 +174,14 @@ class ModuleArithmetic:
         }
         out_in = (shape[1], shape[0]) if module.is_transposed else (shape[0], shape[1])
         return quantization.dequantize(parts, self._format, dtype=dtype, shape=out_in)
+
+
+class ClosedArithmetic:
+    """Of a tier that was closed: holds no slots and computes nothing."""
+
+    native_weights: ExpertWeights | None = None
+    device_weights: ExpertWeights | None = None
+
+    def outputs(self, *arguments: Any, **options: Any) -> None:
+        """Always refused."""
+        raise OutriderError("the engine was closed")

@@ -13,24 +13,26 @@ from typing import Self
 import torch
 
 from ..errors import InsufficientMemoryError
+from . import pinning
 from .layout import BLOCK_ALIGN, VIEW_ALIGN, TensorView
 from .memory import map_memory
 
 logger = logging.getLogger(__name__)
 
 
-def _pinned(num_bytes: int) -> torch.Tensor | None:
-    """Page-locked host memory; None, and a warning, where there is none to be had."""
+def _is_locked(block: torch.Tensor) -> bool:
+    """Page-lock a block; False, and a warning, where that is refused."""
     try:
-        return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        pinning.lock(block)
     except RuntimeError as error:
         logger.warning(
             "%.2f GiB of host memory cannot be pinned (%s): copies to the device will be slower; "
             "raise the limit of locked memory (ulimit -l) or give a smaller --host-memory",
-            num_bytes / 2**30,
+            block.nbytes / 2**30,
             str(error).splitlines()[0],
         )
-        return None
+        return False
+    return True
 
 
 class SlotArena:
@@ -66,10 +68,7 @@ class SlotArena:
         total = num_slots * nbytes
         self._memory: mmap.mmap | None = None
         try:
-            pinned = _pinned(total) if is_pinned else None
-            if pinned is not None:
-                arena = pinned
-            elif self.device.type == "cpu":
+            if self.device.type == "cpu":
                 self._memory = map_memory(total)
                 arena = torch.frombuffer(self._memory, dtype=torch.uint8)
             else:
@@ -79,10 +78,8 @@ class SlotArena:
                 f"{num_slots} expert slots of {nbytes} bytes ({total / 2**30:.2f} GiB) could not "
                 f"be allocated on {self.device}; give a smaller --expert-memory"
             ) from error
-        if pinned is not None:
-            self._blocks = pinned.numpy().data
-        else:
-            self._blocks = None if self._memory is None else memoryview(self._memory)
+        self._locked = arena if is_pinned and _is_locked(arena) else None
+        self._blocks = None if self._memory is None else memoryview(self._memory)
         self._bytes: torch.Tensor = arena.view(num_slots, nbytes)
         self._stacked = {name: self._strided(view) for name, view in views.items()}
 
@@ -129,6 +126,9 @@ class SlotArena:
 
     def close(self) -> None:
         """Give the memory back; idempotent. Tensors still held elsewhere keep it alive."""
+        if self._locked is not None:
+            pinning.unlock(self._locked)
+            self._locked = None
         self._stacked = {}
         self._bytes = torch.empty(0, dtype=torch.uint8)
         self._blocks = None

@@ -221,9 +221,10 @@ class TieredTransfer:
         """Take a copy out before the link has it; a read of it under way goes on for the host."""
         if copy.is_over or copy.carried is not None:
             return False
-        if copy.reading is not None and not copy.reading.cancel():
-            return False
-        if copy.reading is not None:
+        if copy in self._reading:
+            assert copy.reading is not None
+            if not copy.reading.cancel():
+                return False
             self._end_reading(copy)
         if not copy.is_over:
             self._fail(copy, TransferError(f"expert {copy.key}: the copy was cancelled"))

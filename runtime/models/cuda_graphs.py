@@ -46,13 +46,17 @@ class CudaGraphs:
         self._index = cuda.current_device() if device.index is None else device.index
         self._pool = cuda.graph_pool_handle()
         self._event = cuda.Event()
+        # torch's own is one a process, of whichever device came first.
+        self._stream = cuda.Stream(self._index)
 
     def recorded(self, work: Work) -> Work:
         """As `WorkQueue.recorded`; waits for the device."""
         self._cuda.synchronize(self._index)
         graph = self._cuda.CUDAGraph()
         # Other threads read files meanwhile; only what this one does is recorded.
-        with self._cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with self._cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             work()
         return graph.replay
 

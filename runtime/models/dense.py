@@ -188,7 +188,9 @@ def stack_weights(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str]
         return None
     if len(kept) == 1:
         return kept[0]
-    stacked = {name: torch.cat([parts[name] for parts, _ in kept]) for name in kept[0][0]}
+    stacked = {
+        name: _one_below_the_other([parts[name] for parts, _ in kept]) for name in kept[0][0]
+    }
     begin = 0
     for module, (parts, _) in zip(modules, kept, strict=True):
         end = begin + parts["weight"].shape[0]
@@ -199,6 +201,19 @@ def stack_weights(modules: Sequence[nn.Module]) -> tuple[dict[str, Tensor], str]
             module.weight = nn.Parameter(shares["weight"], requires_grad=False)
         begin = end
     return stacked, fmt
+
+
+def _one_below_the_other(matrices: Sequence[Tensor]) -> Tensor:
+    """Along the first dimension; no copy where they lie so already."""
+    first = matrices[0]
+    end = first.storage_offset()
+    for one in matrices:
+        is_next = one.storage_offset() == end and one.is_contiguous()
+        if not is_next or one.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+            return torch.cat(list(matrices))
+        end += one.numel()
+    shape = (sum(one.shape[0] for one in matrices), *first.shape[1:])
+    return first.as_strided(shape, first.stride(), first.storage_offset())
 
 
 def _routing_modules(model: nn.Module, layers: Collection[MoeLayer]) -> set[nn.Module]:

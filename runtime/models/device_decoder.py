@@ -42,6 +42,8 @@ MAX_ROWS = MAX_GATHERED_TOKENS
 """Rows of a pass; above, experts are better read once for all rows that go to them."""
 
 _TABLE_ROWS = 4096
+# A longer text makes the table anew, and whatever reads it is then recorded anew.
+_MAX_FIRST_ROWS = 32768
 
 
 class Experts(Protocol):
@@ -80,6 +82,8 @@ class DeviceDecoder:
         self.embeddings = inner.embed_tokens.weight
         self.vocab_size = model.lm_head.out_features
         self._rotary = inner.rotary_emb
+        length = getattr(model.config, "max_position_embeddings", None) or 0
+        self._first_rows = min(length, _MAX_FIRST_ROWS)
         self._queue = queue
         self._row = self.embeddings.new_empty(
             1, layers[0].attention.heads.num_kv_heads, 0, layers[0].attention.heads.head_dim
@@ -164,7 +168,7 @@ class DeviceDecoder:
         if position < self.turns[0].shape[0]:
             return
         # As the model computes it, for whole stretches of positions at once.
-        num_rows = (position // _TABLE_ROWS + 1) * _TABLE_ROWS
+        num_rows = max((position // _TABLE_ROWS + 1) * _TABLE_ROWS, self._first_rows)
         places = torch.arange(num_rows, device=self.embeddings.device)[None]
         cosines, sines = self._rotary(self._row, position_ids=places)
         self.turns = (cosines[0].contiguous(), sines[0].contiguous())
@@ -293,6 +297,9 @@ class _Pass:
             if in_waves is not None:
                 self._routed_sum.copy_(in_waves)
                 self._go(place + 1, experts)
+        # What a pass takes ends with it, the last layer's waits for experts included.
+        self._queue.mark()
+        self._queue.wait()
 
     def _go(self, place: int, experts: Experts) -> None:
         """On to the choice of routed layer `place`, or to the end.

@@ -141,6 +141,7 @@ def test_texts_outgrow_the_first_keys_and_the_first_rotary_table(
     models: engines.Models, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(device_decoder, "_TABLE_ROWS", 4)
+    monkeypatch.setattr(device_decoder, "_MAX_FIRST_ROWS", 4)
     monkeypatch.setattr("outrider.runtime.models.attention._GROWTH_TOKENS", 4)
     with engine_of(models, "mixtral", expert_memory="all", prefetch="off") as engine:
         found = generated(engine, TEXTS[:1])

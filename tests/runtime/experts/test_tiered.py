@@ -210,6 +210,18 @@ def test_a_cancelled_prefetch_never_touches_its_slot(source: SyntheticExperts) -
     assert device.host.num_loading == 0
 
 
+def test_what_was_read_and_waits_for_the_link_can_be_cancelled(source: SyntheticExperts) -> None:
+    device = device_of(source, num_slots=8, host_slots=8)
+    copies = [device.engine.submit(KEYS[slot], slot, Kind.PREFETCH) for slot in range(5)]
+    device.disk.complete_all()
+    device.engine.pump()
+    assert [copy in device.engine._carried for copy in copies] == [True, True, False, False, False]
+    assert [copy.cancel() for copy in copies] == [False, False, True, True, True]
+    assert all(device.host.lookup(key) is not None for key in KEYS[:5]), "the host keeps them"
+    device.engine.close()
+    device.host.check()
+
+
 def test_a_failed_read_fails_the_copy_and_frees_the_host_slot(source: SyntheticExperts) -> None:
     device = device_of(source)
     copy = device.engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
@@ -274,14 +286,10 @@ def test_every_kernel_sees_its_expert_whatever_the_order_of_streams(
 def test_fault_34_memory_that_cannot_be_pinned_is_pageable_with_a_warning(
     source: SyntheticExperts, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    empty = torch.empty
+    def refuse(block: torch.Tensor) -> None:
+        raise RuntimeError("CUDA error: out of memory (RLIMIT_MEMLOCK)\nmore")
 
-    def refuse(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-        if pin_memory:
-            raise RuntimeError("CUDA error: out of memory (RLIMIT_MEMLOCK)\nmore")
-        return empty(*size, **options)
-
-    monkeypatch.setattr(slots_module.torch, "empty", refuse)
+    monkeypatch.setattr(slots_module.pinning, "lock", refuse)
     with SlotArena(2, source.views, source.nbytes, is_pinned=True) as arena:
         assert "ulimit -l" in caplog.text and "--host-memory" in caplog.text
         arena.block(1)[:4] = b"\1\2\3\4"
