@@ -19,7 +19,8 @@ from outrider.runtime.stats import ExpertTraffic
 from outrider.runtime.testing import ManualTransfer
 
 NUM_LAYERS, NUM_EXPERTS = 3, 6
-SHAPE = ModelShape(NUM_LAYERS, NUM_EXPERTS, 2, 8, 8, "")
+NUM_STRANGERS = 8  # experts that no layer asks for
+SHAPE = ModelShape(NUM_LAYERS, NUM_EXPERTS + NUM_STRANGERS, 2, 8, 8, "")
 KEYS = [ExpertKey(layer, e) for layer in range(NUM_LAYERS) for e in range(NUM_EXPERTS)]
 
 
@@ -124,12 +125,10 @@ class Stage:
     def foresee(self, layer_idx):
         """Forecast random experts of all layers, and let what is queued go on a little."""
         experts = self.fate.random
-        probability = [
-            [experts.choice([0.0, 0.5, 0.9]) for _ in range(NUM_EXPERTS)] for _ in range(NUM_LAYERS)
-        ]
-        self.prefetcher.offer(
-            Forecast(self.step + 1, 0, NUM_LAYERS, np.array(probability, dtype=np.float32))
-        )
+        probability = np.zeros((NUM_LAYERS, SHAPE.num_experts), np.float32)
+        for place in np.ndindex(NUM_LAYERS, NUM_EXPERTS):
+            probability[place] = experts.choice([0.0, 0.5, 0.9])
+        self.prefetcher.offer(Forecast(self.step + 1, 0, NUM_LAYERS, probability))
         self.prefetcher.advance(self.step, layer_idx)
         for _ in range(experts.randrange(4)):
             self.fate.act()
@@ -148,7 +147,7 @@ class Stage:
         self.fate.interrupts = self.fate.refuses = 0.0
         self.prefetcher.close()
         assert self.cache.num_loading == 0
-        strangers = [ExpertKey(0, 100 + n) for n in range(self.cache.num_slots)]
+        strangers = [ExpertKey(0, NUM_EXPERTS + n) for n in range(self.cache.num_slots)]
         for key in strangers:
             assert self.cache.reserve(key, Kind.ON_DEMAND) is not None
 
@@ -280,7 +279,7 @@ def test_resident_experts_are_handed_out_before_anything_is_waited_for():
 def test_a_failed_prefetch_is_read_on_demand_and_counted():
     stage = Stage(0, 4)
     key = ExpertKey(1, 2)
-    probability = np.zeros((1, NUM_EXPERTS), dtype=np.float32)
+    probability = np.zeros((1, SHAPE.num_experts), dtype=np.float32)
     probability[0, 2] = 0.95
     stage.prefetcher.offer(Forecast(0, 1, 2, probability))
     stage.prefetcher.advance(0, 0)
@@ -300,7 +299,7 @@ def test_an_expert_that_is_read_ahead_while_it_waits_for_a_slot_is_taken_from_th
     stage = Stage(0, 4)
 
     def wanted(step, layer_idx, *experts):
-        probability = np.zeros((1, NUM_EXPERTS), dtype=np.float32)
+        probability = np.zeros((1, SHAPE.num_experts), dtype=np.float32)
         probability[0, list(experts)] = 0.95
         stage.prefetcher.offer(Forecast(step, layer_idx, layer_idx + 1, probability))
 

@@ -100,6 +100,7 @@ def decode(ids: np.ndarray, *, mode: str, predictor: str, num_slots: int = 48) -
                     if key not in lease.slots:
                         transfer = prefetcher.claim(key)
                         if transfer is None:
+                            prefetcher.missed(key)
                             slot = cache.reserve(key, Kind.ON_DEMAND, keep=prefetcher.wanted)
                             assert slot is not None
                             transfer = link.engine.submit(key, slot, Kind.ON_DEMAND)
