@@ -14,7 +14,7 @@ FLOORED := $(FLOOR)/.installed-$(FLOOR_TORCH)
 
 SOAK_S ?= 600
 
-.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot bench bench-prefetch bench-others clean help
+.PHONY: demo test test-slow test-gpu soak-prefetch test-floor check fix types nano nano-predictor aot bench bench-prefetch bench-prefetch-gpu bench-others clean help
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -106,15 +106,24 @@ GEOMETRY_DIR := $(or $(GEOMETRY),$(RESULTS)/geometry)
 STORE := $(GEOMETRY_DIR)-int8
 BUDGETS ?= 50% 75%
 LINK ?= 1GB/s
+comma := ,
 PREFETCH_ARMS := on-demand,prefetch:$(RESULTS)/statistics,prefetch,oracle
 PREFETCH = decode $(GEOMETRY_DIR) --store $(STORE) --format int8 --dense-format int8 --arms $(PREFETCH_ARMS) \
-	--warm --tokens 32 --prompt-tokens 4 --repetitions 6 $(if $(DEVICE),--device $(DEVICE))
+	--warm --tokens 32 --prompt-tokens 4 --repetitions 6 --device
+AT_BUDGETS := $(foreach one,$(BUDGETS),--expert-memory $(one))
+HAS_CARD := $(BIN)/python -c "import torch, sys; sys.exit(not torch.cuda.is_available())"
 
-bench-prefetch: $(DEVELOPED) $(STORE)/index.json $(RESULTS)/statistics/config.json ## prefetching at real sizes, all arms (GEOMETRY=DIR, LINK=1GB/s, DEVICE=cuda); renews its tables and figures
-	$(call result,prefetch,$(PREFETCH) $(foreach one,$(BUDGETS),--expert-memory $(one)) --plot docs/prefetch.png)
-	$(call result,prefetch-throttled,$(PREFETCH) --expert-memory 75% --link $(LINK))
+bench-prefetch: $(DEVELOPED) $(STORE)/index.json $(RESULTS)/statistics/config.json ## prefetching at real sizes, all arms, on the CPU and on a GPU where there is one (GEOMETRY=DIR, LINK=1GB/s); renews its tables and figures
+	$(call result,prefetch,$(PREFETCH) cpu $(AT_BUDGETS))
+	$(call result,prefetch-throttled,$(PREFETCH) cpu --expert-memory 75% --link $(LINK))
 	$(call publish,prefetch)
 	$(call publish,prefetch-throttled)
+	if $(HAS_CARD); then $(MAKE) bench-prefetch-gpu; fi
+	$(BIN)/python tests/support/bench_tables.py docs
+
+bench-prefetch-gpu: $(DEVELOPED) $(STORE)/index.json $(RESULTS)/statistics/config.json ## the same arms on a GPU alone, and everything resident
+	$(call result,prefetch-gpu,$(PREFETCH) cuda --expert-memory 25% $(AT_BUDGETS) --arms resident$(comma)$(PREFETCH_ARMS))
+	$(call publish,prefetch-gpu)
 	$(BIN)/python tests/support/bench_tables.py docs
 
 # Other systems beside us at the same bits, in the same limit of memory (which takes the right to
@@ -123,7 +132,6 @@ bench-prefetch: $(DEVELOPED) $(STORE)/index.json $(RESULTS)/statistics/config.js
 LLAMA_PYTHON ?=
 GGUF ?= $(RESULTS)/gguf
 OTHERS_BUDGETS ?= 25% 50%
-comma := ,
 and_llama = $(if $(LLAMA_PYTHON),$(comma)$(1))
 at_bits = decode $(GEOMETRY_DIR) --store $(GEOMETRY_DIR)-$(1) --format $(1) --dense-format $(1) --warm \
 	--prompt-tokens 4 $(if $(LLAMA_PYTHON),--llama-python $(LLAMA_PYTHON) --gguf $(GGUF)/$(2).gguf)

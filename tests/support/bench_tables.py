@@ -21,8 +21,11 @@ def origin(document: Document) -> str:
     around = document["environment"]
     commit = (around["commit"] or "unknown")[:10]
     load = " to ".join(f"{one:.1f}" for one in around["load_average"])
+    row = next(iter(document.get("rows", ())), {})
+    card = f"{row['device_name']}; " if row.get("device", "").startswith("cuda") else ""
     return (
-        f"{around['cpu']}, {around['num_cpus']} processors, load {load}; {around['date'][:10]}, "
+        f"{card}{around['cpu']}, {around['num_cpus']} processors, load {load}; "
+        f"{around['date'][:10]}, "
         f"commit {commit}."
     )
 
@@ -255,13 +258,19 @@ WRITERS: dict[str, Callable[[Document], str]] = {
     "decode": plainly("decode"),
     "prefetch": read_ahead,
     "prefetch-throttled": read_ahead,
+    "prefetch-gpu": read_ahead,
     "others": beside_others,
     "kernels": plainly("kernels"),
 }
 
 
 # Results under names of their own, of a kind that has another one.
-KINDS = {"prefetch": "decode", "prefetch-throttled": "decode", "others": "decode"}
+KINDS = {
+    "prefetch": "decode",
+    "prefetch-throttled": "decode",
+    "prefetch-gpu": "decode",
+    "others": "decode",
+}
 
 
 def rewritten(text: str, folder: Path) -> tuple[str, list[str]]:
@@ -288,7 +297,7 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"{__doc__}\n")
         return 2
     folder = Path(arguments[0])
-    for name in ("README.md", "docs/benchmarks.md", "docs/scale-out/README.md"):
+    for name in ("README.md", "docs/benchmarks.md", "docs/gpu.md", "docs/scale-out/README.md"):
         page = ROOT / name
         if page.is_file():
             text, done = rewritten(page.read_text(), folder)
