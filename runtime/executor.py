@@ -155,7 +155,7 @@ class ExpertExecutor:
         return bool(self._observers)
 
     def slots(self) -> np.ndarray:
-        """Slots [layers, E] int64, -1 for experts that are absent; kept up to date."""
+        """Slots [layers, E] int64, negative for experts that are in none yet; kept up to date."""
         return self.cache.table(self.shape.num_moe_layers, self.shape.num_experts)
 
     @property

@@ -296,6 +296,23 @@ def test_fault_34_memory_that_cannot_be_pinned_is_pageable_with_a_warning(
         assert arena.bytes_of(1)[:4].tolist() == [1, 2, 3, 4]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned here")
+def test_without_cuda_memory_stays_pageable_with_a_warning(
+    source: SyntheticExperts, caplog: pytest.LogCaptureFixture
+) -> None:
+    with SlotArena(1, source.views, source.nbytes, is_pinned=True) as arena:
+        assert "cannot be pinned" in caplog.text
+        arena.block(0)[:2] = b"\1\2"
+
+
+@pytest.mark.gpu
+def test_on_a_card_slots_of_the_host_are_pinned_until_they_go(source: SyntheticExperts) -> None:
+    arena = SlotArena(3, source.views, source.nbytes, is_pinned=True)
+    assert arena.bytes_of(2).is_pinned()
+    arena.close()
+    arena.close()
+
+
 def test_fault_35_an_error_of_the_device_is_the_end_of_it(source: SyntheticExperts) -> None:
     device = device_of(source)
     copy = device.engine.submit(KEYS[0], 0, Kind.ON_DEMAND)
